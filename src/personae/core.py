@@ -1,0 +1,461 @@
+"""The records and Protocols that every room shares: one noun (State), the verbs of a Method, and a Plan.
+
+Letters in shapes: `B` batch, `N` images, `C H W` image, `D` embedding width, `T` timesteps.
+Images are shaped [C, H, W]; a vector-valued yardstick such as the Gaussian mixture uses [D] in their place, so
+shapes below say `...` where either may stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from personae.errors import ConfigError
+
+Arrays = Mapping[str, Tensor]
+"""Tensors by canonical name: the names of the bare diffusers model, and of the parts beside it."""
+
+Facts = Mapping[str, int | float | str | bool]
+"""Flat scalars that cross the wire: no None, no nesting."""
+
+Select = Callable[[str], bool]
+"""A question about a parameter's name."""
+
+Cond = Any
+"""What a denoiser is told beside x_t and t. Only the denoiser that made it looks inside."""
+
+
+# --- questions about names ---------------------------------------------------------------------------------------
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def nothing(name: str) -> bool:
+    return False
+
+
+def under(*prefixes: str) -> Select:
+    """True for a name that starts with one of `prefixes`."""
+    return lambda name: name.startswith(prefixes)
+
+
+def neither(*selects: Select) -> Select:
+    """True for a name that none of `selects` claims."""
+    return lambda name: not any(select(name) for select in selects)
+
+
+def pick(arrays: Arrays, select: Select) -> dict[str, Tensor]:
+    return {name: value for name, value in arrays.items() if select(name)}
+
+
+def divide(arrays: Arrays, personal: Select) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split into (shared, personal)."""
+    return pick(arrays, neither(personal)), pick(arrays, personal)
+
+
+# --- randomness --------------------------------------------------------------------------------------------------
+
+
+def stream(seed: int, *keys: str | int) -> torch.Generator:
+    """A generator of its own for every purpose, so that no draw depends on who drew before.
+
+    Equal arguments give equal draws on every machine; different keys give independent ones.
+    """
+    text = "\x1f".join(str(key) for key in (seed, *keys))
+    value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(value)
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images and what is known of each.
+
+    Shapes: `pixels` uint8 [N, C, H, W] in 0..255, or float32 [N, ...] already in the model's range; `labels` int64 [N].
+    `captions` has one text per image, or none at all.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    captions: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Tensor | Sequence[int]) -> Images:
+        index = torch.as_tensor(index, dtype=torch.long)
+        return Images(
+            self.pixels[index],
+            None if self.labels is None else self.labels[index],
+            tuple(self.captions[i] for i in index.tolist()) if self.captions else (),
+        )
+
+    def floats(self, index: Tensor | None = None) -> Tensor:
+        """float32 [N, ...]: bytes are mapped from 0..255 to [-1, 1], floats are left as they are."""
+        pixels = self.pixels if index is None else self.pixels[index]
+        return pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's images: `train` is learned from, `heldout` only measured on."""
+
+    train: Images
+    heldout: Images
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of training or sampling sees of the data.
+
+    Shapes: `images` float32 [B, ...]; `unconditional` bool [B], True where the personal part is replaced by the null one.
+    """
+
+    images: Tensor
+    unconditional: Tensor
+    captions: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+# --- the noun ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What one side knows, and what it sends.
+
+    `params` load into the denoiser by name; `extras` are other tensors (moments, anchors); `facts` are scalars.
+    """
+
+    params: Arrays = field(default_factory=dict)
+    extras: Arrays = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+
+    def num_bytes(self) -> int:
+        """Size on the wire before framing: tensors at their own width, facts as UTF-8 text of key and value."""
+        tensors = sum(a.numel() * a.element_size() for part in (self.params, self.extras) for a in part.values())
+        return tensors + sum(len(f"{key}{value}".encode()) for key, value in self.facts.items())
+
+    def num_values(self) -> int:
+        """How many numbers `params` holds."""
+        return sum(array.numel() for array in self.params.values())
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends after one round. `since` is the server round that it started from; the engine sets it."""
+
+    client: str
+    num_examples: int
+    sent: State
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    since: int = 0
+
+
+class Updates(Protocol):
+    """A round's accepted updates. They are walked once, in client-name order, by exactly one of these calls."""
+
+    def __iter__(self) -> Iterator[Update]: ...
+    def combined(self) -> Arrays:
+        """The updates' `params` combined by the recipe's rule."""
+        ...
+
+    def among(self, clients: Collection[str]) -> Updates:
+        """The same, restricted to some clients."""
+        ...
+
+
+# --- gradient descent --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that one stretch of gradient descent needs.
+
+    Units: `steps` optimizer steps; `batch_size` images per step and accumulation part.
+    `condition_dropout` is the share of examples whose personal part is replaced by the null one in training.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float | None = 1.0
+    accumulate: int = 1
+    condition_dropout: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{n} is {getattr(self, n)}, expected at least 0"
+            for n in ("steps", "weight_decay", "warmup_steps")
+            if getattr(self, n) < 0
+        ]
+        problems += [
+            f"{n} is {getattr(self, n)}, expected at least 1"
+            for n in ("batch_size", "accumulate")
+            if getattr(self, n) < 1
+        ]
+        if not self.lr > 0:
+            problems.append(f"lr is {self.lr}, expected above 0")
+        if not 0 <= self.condition_dropout <= 1:
+            problems.append(f"condition_dropout is {self.condition_dropout}, expected 0 to 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            problems.append(f"max_grad_norm is {self.max_grad_norm}, expected above 0, or left out")
+        if problems:
+            raise ConfigError("training: " + "; ".join(problems))
+
+
+class NoiseSchedule(Protocol):
+    """A variance-preserving schedule: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) noise."""
+
+    prediction_type: str
+    alpha_bar: Tensor
+
+    @property
+    def num_timesteps(self) -> int: ...
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+
+class Denoiser(Protocol):
+    """A network that predicts noise, clean sample or velocity, and the parts attached to it.
+
+    `load` is absolute: afterwards the model is the frozen base plus exactly the given parts, whatever was there before.
+    """
+
+    schedule: NoiseSchedule
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one x_0, without the batch."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+    def decode(self, x_0: Tensor) -> Tensor: ...
+    def condition(self, batch: Batch) -> Cond: ...
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Shapes: x_t [B, ...], t int64 [B] in [0, T); returns the shape of x_t."""
+        ...
+
+    def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
+        """Freshly drawn values for the names that may move and that `only` selects."""
+        ...
+
+    def params(self) -> Arrays:
+        """Copies of what may move or travel."""
+        ...
+
+    def live(self) -> Mapping[str, nn.Parameter]:
+        """The same names, but the parameters themselves, for an optimizer."""
+        ...
+
+    def base(self) -> Arrays:
+        """The frozen rest, read-only."""
+        ...
+
+    def load(self, params: Arrays) -> None:
+        """Raises: MismatchedNames or ShapeError, before anything has changed."""
+        ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One training batch on its way through the denoiser.
+
+    Shapes: x_0, noise, x_t, prediction [B, ...]; t int64 [B].
+    """
+
+    x_0: Tensor
+    t: Tensor
+    noise: Tensor
+    x_t: Tensor
+    cond: Cond
+    prediction: Tensor
+
+
+Loss = Callable[[Denoiser, Noised], Tensor]
+Penalty = Callable[[Denoiser, Noised], Tensor]
+
+
+def constant(value: float) -> Callable[[str], float]:
+    return lambda name: value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How local training is bent: what may move, what is added to the loss, and a factor on the learning rate by name."""
+
+    may_move: Select = everything
+    penalties: tuple[Penalty, ...] = ()
+    rate: Callable[[str], float] = constant(1.0)
+    loss: Loss | None = None
+
+
+@dataclass(frozen=True)
+class Client:
+    """One participant, as it sees itself in one round. The engine has loaded `model` before any method sees it."""
+
+    name: str
+    data: ClientData
+    model: Denoiser
+    rng: torch.Generator
+    plan: Plan = Plan()
+
+    def update(self, sent: State, **metrics: float) -> Update:
+        return Update(self.name, len(self.data.train), sent, metrics)
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------
+
+
+class Method(Protocol):
+    """A federated method: a frozen dataclass of hyperparameters. State goes in and comes out; nothing is remembered."""
+
+    @property
+    def personal(self) -> Select:
+        """Names that never leave a client."""
+        ...
+
+    def init(self, initial: Arrays) -> State:
+        """Server, once."""
+        ...
+
+    def broadcast(self, server: State, client: str) -> State:
+        """Server, to one client."""
+        ...
+
+    def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
+        """Client, one round: what it sends, and what it keeps."""
+        ...
+
+    def aggregate(self, server: State, updates: Updates) -> State:
+        """Server, one round."""
+        ...
+
+    def release(self, server: State) -> State:
+        """Server, at any time: what a client is sent to personalize with, and what is evaluated."""
+        ...
+
+    def personalize(self, client: Client, got: State, kept: State) -> State:
+        """Client: what it samples with, given what was released. Sends nothing."""
+        ...
+
+
+# --- the seam ----------------------------------------------------------------------------------------------------
+
+
+class Members(Protocol):
+    """The server's half of the participants: who they are, and who takes part when."""
+
+    @property
+    def train(self) -> Sequence[str]:
+        """Clients that take part in rounds."""
+        ...
+
+    @property
+    def new(self) -> Sequence[str]:
+        """Clients that come afterwards and only personalize."""
+        ...
+
+    def initial(self, seed: int) -> Arrays: ...
+    def cohort(self, round: int, seed: int) -> Sequence[str]: ...
+
+
+class Site(Protocol):
+    """The clients' half: makes one client with its own data and a model to work in."""
+
+    def client(self, name: str, when: int | str, seed: int) -> Client:
+        """`when` is the round, or the name of a later stage; it decides the client's random draws."""
+        ...
+
+
+Rule = Callable[[Iterator[Update]], Arrays]
+"""From a round's updates to tensors."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One federated run, whichever engine carries it.
+
+    `max_examples` caps the weight that one client can claim. `folder` None keeps everything in memory.
+    """
+
+    method: Method
+    members: Members
+    site: Site
+    rounds: int
+    seed: int
+    rule: Rule
+    max_examples: int = 1_000_000
+    folder: Path | None = None
+    checkpoint_every: int = 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a watcher sees when a client has finished, and (with `done`) when its round has.
+
+    `stage` is "train" or "personalize"; bytes and seconds are of this round so far.
+    """
+
+    stage: Literal["train", "personalize", "evaluate"]
+    round: int
+    rounds: int
+    client: str
+    clients_done: int
+    clients: int
+    loss: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    done: bool
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one client sent and received over a run."""
+
+    up: int = 0
+    down: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.up + other.up, self.down + other.down)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine returns: what the server released, every client's personal state, and what it cost.
+
+    Traffic counts the rounds, and the one download of the released model before a client personalizes.
+    """
+
+    server: State
+    personal: Mapping[str, State]
+    traffic: Mapping[str, Traffic]
+    rounds: Sequence[Mapping[str, Any]]
+
+
+def ignore(round: Round) -> None:
+    """The watcher that does nothing."""
+
+
+class Engine(Protocol):
+    def run(self, job: Job, *, resume: bool = False, watch: Callable[[Round], None] = ignore) -> Run: ...
