@@ -1,0 +1,1 @@
+"""Denoisers and noise schedules behind one interface."""

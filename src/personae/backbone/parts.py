@@ -1,0 +1,47 @@
+"""Names in, tensors out: what every denoiser does to copy its parameters and to load others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from personae.core import Arrays
+from personae.errors import MismatchedNames, ShapeError
+
+
+def copies(live: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Detached copies on the CPU, in the live tensors' own types."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in live.items()}
+
+
+@torch.no_grad()
+def load_into(live: Mapping[str, nn.Parameter], params: Arrays) -> None:
+    """Overwrite every live tensor, or none at all.
+
+    Raises: MismatchedNames, ShapeError.
+    """
+    if params.keys() != live.keys():
+        missing, unknown = sorted(live.keys() - params.keys()), sorted(params.keys() - live.keys())
+        found = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise MismatchedNames(
+            f"the parameters do not belong to this model: {'; '.join(found)}, of {len(live)} expected. "
+            "Were they made with another backbone or embedding?"
+        )
+    wrong = [
+        f"{name} is {list(params[name].shape)}, expected {list(value.shape)}"
+        for name, value in live.items()
+        if params[name].shape != value.shape
+    ]
+    if wrong:
+        raise ShapeError(
+            f"{len(wrong)} parameters have another shape: {'; '.join(wrong[:3])}. "
+            "Were they made with another backbone size or embedding width?"
+        )
+    for name, value in live.items():
+        value.copy_(params[name])

@@ -1,0 +1,54 @@
+"""One small vector per client, and the null vector that stands in for everybody."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from personae.core import Arrays
+
+EMBEDDING = "embedding.weight"
+"""The client's own numbers [1, D]: personal in SPIRE."""
+
+NULL_EMBEDDING = "null_embedding.weight"
+"""The population's vector e_0 [1, D]: shared, trained on a share of every batch; a new client starts from it."""
+
+
+class ClientEmbedding(nn.Module):
+    """The client's vector, the null vector, and a shared projection where the model is wider or narrower.
+
+    `embedding` is an `nn.Embedding` with one row, since per-sample gradients need a module with a batched input.
+    `width` is D, the numbers per client; `out_width` is what the place in the model takes. They are the same object's
+    names on every backbone, so a method can claim "embedding." without knowing the backbone.
+
+    Source: SPIRE (arXiv:2506.12303) has one learnable vector per client; the null vector and its name are ours.
+    """
+
+    def __init__(self, width: int, out_width: int, start: Literal["noise", "zero"] = "noise") -> None:
+        super().__init__()
+        self.start = start
+        self.embedding = nn.Embedding(1, width)
+        self.null_embedding = nn.Embedding(1, width)
+        self.embedding_projection = None if width == out_width else nn.Linear(width, out_width, bias=False)
+
+    def forward(self, unconditional: Tensor) -> Tensor:
+        """Shapes: unconditional bool [B], True where the null vector is used; returns [B, out_width]."""
+        zeros = torch.zeros_like(unconditional, dtype=torch.long)
+        own, null = self.embedding(zeros), self.null_embedding(zeros)
+        vectors = torch.where(unconditional[:, None], null, own)
+        return vectors if self.embedding_projection is None else self.embedding_projection(vectors)
+
+    def initial(self, rng: torch.Generator) -> Arrays:
+        """N(0, 1) per coordinate ("noise") or zeros for the client's vector; zeros for the null vector.
+
+        Distinct random codes let the backbone tell clients apart from the first round; from zeros it may never learn to.
+        """
+        width = self.embedding.embedding_dim
+        own = torch.randn(1, width, generator=rng) if self.start == "noise" else torch.zeros(1, width)
+        values = {EMBEDDING: own, NULL_EMBEDDING: torch.zeros(1, width)}
+        if self.embedding_projection is not None:
+            out_width = self.embedding_projection.out_features
+            values["embedding_projection.weight"] = torch.randn(out_width, width, generator=rng) / width**0.5
+        return values
