@@ -1,0 +1,21 @@
+"""The denoising loss of DDPM."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from personae.core import Cond, Denoiser, Noised
+
+
+def noised(model: Denoiser, x_0: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Noised:
+    """Add the noise and ask the model. Shapes: x_0, noise [B, ...]; t int64 [B]."""
+    x_t = model.schedule.add_noise(x_0, noise, t)
+    return Noised(x_0, t, noise, x_t, cond, model.forward(x_t, t, cond))
+
+
+def denoising(model: Denoiser, batch: Noised) -> Tensor:
+    """Mean squared error between the prediction and the schedule's target. Returns [].
+
+    Source: Ho et al. 2020, Eq. 14 for noise; the sample and velocity targets weigh noise levels differently.
+    """
+    return (batch.prediction.float() - model.schedule.target(batch.x_0, batch.noise, batch.t)).square().mean()
