@@ -1,0 +1,51 @@
+"""What a file is, without loading a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from personae.artefact.save import load_arrays, read_json, read_metadata
+from personae.errors import ArtefactError
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Kind, metadata and tensors of a safetensors file, or the state of a run folder.
+
+    Raises: ArtefactError, when it is neither; a pickle is named and not opened.
+    """
+    if path.is_dir():
+        return _run(path)
+    if not path.exists():
+        raise ArtefactError(f"{path} does not exist")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise ArtefactError(
+            f"{path} may hold a pickle, which can run code when opened; convert it to safetensors first"
+        )
+    metadata, arrays = read_metadata(path), load_arrays(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "kind": metadata.get("kind", metadata.get("format", "safetensors")),
+        "metadata": metadata,
+        "values": sum(a.numel() for a in arrays.values()),
+        "tensors": {
+            name: {"shape": list(a.shape), "dtype": str(a.dtype).removeprefix("torch.")} for name, a in arrays.items()
+        },
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    if not (path / "config.toml").is_file():
+        raise ArtefactError(f"{path} is a folder, but not a run: it has no config.toml")
+    rounds = 0
+    if (path / "rounds.jsonl").is_file():
+        rounds = sum(1 for _ in open(path / "rounds.jsonl", encoding="utf-8"))
+    return {
+        "run": str(path),
+        "rounds_done": rounds,
+        "complete": (path / "cost.json").is_file(),
+        "evaluated": (path / "summary.json").is_file(),
+        "clients": sorted(p.stem for p in (path / "clients").glob("*.safetensors")),
+        "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
+    }

@@ -1,0 +1,175 @@
+"""A run's folder: what it holds, how it is checkpointed, and how it is taken up again.
+
+    config.toml                 the recipe with every value filled in
+    environment.json            versions, platform, threads, commit
+    rounds.jsonl                one line per round
+    cost.json                   seconds and traffic; its presence says that training is complete
+    server.safetensors          what the server released at the end
+    clients/<name>.safetensors  each client's personal part
+    summary.json, report.html, samples/
+    checkpoint/                 the server's and every client's state after the last committed round
+
+A checkpoint is committed by the rename of one small file, `checkpoint/checkpoint.json`, which names the files that
+belong together. Files of a round that was never committed are ignored and later removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from personae.artefact.save import (
+    FORMAT_VERSION,
+    explained,
+    load_state,
+    read_json,
+    read_metadata,
+    save_state,
+    write_bytes,
+    write_json,
+)
+from personae.core import State
+from personae.errors import ArtefactError
+
+
+class RunFolder:
+    """The one writer of a run's folder while it trains. Holds a lock, so that two processes cannot both resume it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Any = None
+        self._index: dict[str, str] = {}
+        self._server: str | None = None
+        self._replaced: list[str] = []
+
+    # --- opening ---------------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Raises: ArtefactError, when the folder exists and is not empty, or cannot be made."""
+        with explained(self.path, "creating"):
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ArtefactError(
+                    f"{self.path} exists; nothing was overwritten. Choose another folder with --out, or continue it with: "
+                    f"personae resume {self.path}"
+                )
+            for folder in ("clients", "checkpoint/clients"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        self.hold()
+
+    def hold(self) -> None:
+        """Raises: ArtefactError, when another process holds the run."""
+        with explained(self.path, "locking"):
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until release
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ArtefactError(f"{self.path} is in use by another process; wait for it or stop it") from error
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # --- rounds ----------------------------------------------------------------------------------------------
+
+    def append_round(self, record: Mapping[str, Any]) -> None:
+        with explained(self.path / "rounds.jsonl", "writing"), open(self.path / "rounds.jsonl", "a") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    def rounds(self, upto: int) -> list[dict[str, Any]]:
+        """The records of rounds 1..upto. A line cut short by a kill belongs to a later round and is left out."""
+        path = self.path / "rounds.jsonl"
+        records = []
+        if path.exists():
+            with explained(path, "reading"):
+                lines = path.read_text("utf-8").splitlines()
+            for line in lines:
+                with suppress(ValueError):
+                    records.append(json.loads(line))
+        kept = [record for record in records if record["round"] <= upto]
+        if [record["round"] for record in kept] != list(range(1, upto + 1)):
+            raise ArtefactError(f"{path} does not hold rounds 1 to {upto} in order; it was edited or damaged")
+        return kept
+
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
+    def stage(self, client: str, round: int, kept: State) -> None:
+        """Write what a client keeps after a round; it counts only once the round is committed."""
+        name = f"clients/{client}.{round:06d}.safetensors"
+        save_state(self.path / "checkpoint" / name, kept)
+        if client in self._index:
+            self._replaced.append(self._index[client])
+        self._index[client] = name
+
+    def kept(self, client: str) -> State:
+        name = self._index.get(client)
+        return State() if name is None else load_state(self.path / "checkpoint" / name)
+
+    def commit(self, round: int, server: State) -> None:
+        """Make the state after `round` the one that a resume starts from, then remove what it replaces."""
+        folder = self.path / "checkpoint"
+        name = f"server.{round:06d}.safetensors"
+        save_state(folder / name, server)
+        manifest = {"format_version": FORMAT_VERSION, "round": round, "server": name, "clients": self._index}
+        write_json(folder / "checkpoint.json", manifest)
+        for old in [*self._replaced, *([self._server] if self._server else [])]:
+            with suppress(OSError):
+                (folder / old).unlink()
+        self._server, self._replaced = name, []
+
+    def restore(self) -> tuple[int, State, list[dict[str, Any]]] | None:
+        """(last committed round, the server's state after it, the rounds' records), and the folder set back to it.
+
+        None, when nothing was committed yet. Raises: ArtefactError, when the checkpoint was cut short or is of another
+        version.
+        """
+        folder = self.path / "checkpoint"
+        if not (folder / "checkpoint.json").is_file():
+            write_bytes(self.path / "rounds.jsonl", b"")
+            return None
+        manifest = read_json(folder / "checkpoint.json")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ArtefactError(
+                f"the checkpoint in {self.path} has format version {manifest.get('format_version')}, this version of "
+                f"personae reads {FORMAT_VERSION}; install the version that wrote it"
+            )
+        self._index, self._server = dict(manifest["clients"]), manifest["server"]
+        needed = {self._server, *self._index.values(), "checkpoint.json"}
+        for path in [*folder.glob("*.*"), *folder.glob("clients/*")]:
+            if str(path.relative_to(folder)) not in needed:
+                path.unlink()
+        records = self.rounds(manifest["round"])
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_bytes(self.path / "rounds.jsonl", lines.encode())
+        return manifest["round"], load_state(folder / manifest["server"]), records
+
+    # --- results ---------------------------------------------------------------------------------------------
+
+    def save_released(self, released: State, backbone: str) -> None:
+        """`backbone` is the digest of its parameters, by which a personal file knows where it belongs."""
+        save_state(self.path / "server.safetensors", released, kind="server", backbone=backbone)
+
+    def save_personal(self, client: str, personal: State, backbone: str) -> None:
+        save_state(self.personal_path(client), personal, kind="personal", client=client, backbone=backbone)
+
+    def has_personal(self, client: str, backbone: str) -> bool:
+        path = self.personal_path(client)
+        return path.is_file() and read_metadata(path).get("backbone") == backbone
+
+    def personal(self, client: str) -> State:
+        return load_state(self.personal_path(client))
+
+    def personal_path(self, client: str) -> Path:
+        return self.path / "clients" / f"{client}.safetensors"
+
+    def complete(self, cost: Mapping[str, Any]) -> None:
+        """Training and personalization are done and written; `cost` is what they took."""
+        write_json(self.path / "cost.json", dict(cost))
+
+    def is_complete(self) -> bool:
+        return (self.path / "cost.json").is_file()

@@ -1,0 +1,153 @@
+"""A State as one safetensors file, written so that a reader sees the old file or the new one and never a half.
+
+Tensors are prefixed "params/" and "extras/"; facts and the format's version stand in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from personae.core import Arrays, State
+from personae.errors import ArtefactError
+
+FORMAT_VERSION = 1
+PARTIAL = ".partial"
+"""Suffix of a file that is being written; whatever a kill leaves behind is ignored and overwritten."""
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn what the operating system refuses into an ArtefactError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtefactError(
+            f"{doing} {path} failed: {error.strerror or error}. "
+            "What was saved before is intact; free some space or choose another folder, then resume."
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write atomically: temporary file, fsync, rename, fsync of the folder.
+
+    Raises: ArtefactError, when the disk is full or read-only; the old file is then untouched.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with explained(path, "writing"):
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises: ArtefactError, when the file is missing or not JSON."""
+    with explained(path, "reading"):
+        text = path.read_text("utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ArtefactError(f"{path} is not readable JSON ({error}); it was damaged or edited by hand") from error
+
+
+def state_bytes(state: State, **about: str) -> bytes:
+    metadata = {
+        "format": "personae.state",
+        "format_version": str(FORMAT_VERSION),
+        "facts": json.dumps(dict(state.facts)),
+    }
+    return save(_separate({"params/": state.params, "extras/": state.extras}), metadata={**about, **metadata})
+
+
+def _separate(parts: Mapping[str, Arrays]) -> dict[str, Tensor]:
+    """One contiguous tensor per prefixed name: a State may hold the same tensor twice, a file may not."""
+    tensors, seen = dict[str, Tensor](), set[int]()
+    for prefix, arrays in parts.items():
+        for name, value in arrays.items():
+            storage = value.untyped_storage()
+            shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
+            seen.add(storage.data_ptr())
+            tensors[prefix + name] = value.clone() if shared else value.contiguous()
+    return tensors
+
+
+def save_state(path: Path, state: State, **about: str) -> int:
+    """Write a State; `about` are further lines of metadata. Returns the size in bytes."""
+    data = state_bytes(state, **about)
+    write_bytes(path, data)
+    return len(data)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises: ArtefactError, when it is not one or was cut short."""
+    return _read(path, tensors=False)[1]
+
+
+def load_state(path: Path) -> State:
+    """Raises: ArtefactError, when the file is missing, cut short, not a State, or of another format version."""
+    tensors, metadata = _read(path, tensors=True)
+    if metadata.get("format") != "personae.state":
+        raise ArtefactError(f"{path} is a safetensors file, but not one that holds a State of personae")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ArtefactError(
+            f"{path} has format version {metadata.get('format_version')}, this version of personae reads "
+            f"{FORMAT_VERSION}; install the version that wrote it"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"params": {}, "extras": {}}
+    for key, value in tensors.items():
+        part, name = key.split("/", 1)
+        parts[part][name] = value
+    return State(parts["params"], parts["extras"], json.loads(metadata["facts"]))
+
+
+def load_arrays(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file. Raises: ArtefactError."""
+    return _read(path, tensors=True)[0]
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise ArtefactError(f"{path} does not exist")
+    with explained(path, "reading"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                read = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
+                return read, dict(file.metadata() or {})
+        except SafetensorError as error:
+            raise ArtefactError(f"{path} is damaged or cut short ({error}); restore it from a copy") from error
+
+
+def digest(arrays: Arrays) -> str:
+    """16 hex digits that change with any name, shape, type or bit."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name].detach().contiguous().cpu()
+        sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]

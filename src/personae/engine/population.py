@@ -1,0 +1,98 @@
+"""Both halves of the participants, in one process: one model in memory, whatever the number of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from personae.core import Arrays, Client, ClientData, Denoiser, Images, stream
+from personae.errors import ConfigError
+
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class Population:
+    """Clients by name, their data, and the model that each of them works in, one after the other.
+
+    `train` take part in rounds, `cohort_size` of them at a time (all when None); `new` come afterwards.
+
+    Raises: ConfigError, when names are missing, doubled or without data, or the cohort is out of range.
+    """
+
+    model: Denoiser
+    data: Mapping[str, ClientData]
+    train: Sequence[str]
+    new: Sequence[str] = ()
+    cohort_size: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [*self.train, *self.new]
+        problems = []
+        if not self.train:
+            problems.append("no client takes part in training")
+        if len(set(names)) != len(names):
+            problems.append(f"names are used twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        if lost := [name for name in names if name not in self.data]:
+            problems.append(f"no data for {', '.join(lost)}")
+        if self.cohort_size is not None and not 1 <= self.cohort_size <= len(self.train):
+            problems.append(
+                f"cohort is {self.cohort_size}, expected 1 to {len(self.train)}, the number of training clients"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def initial(self, seed: int) -> Arrays:
+        return self.model.initial(stream(seed, "server", "init"))
+
+    def cohort(self, round: int, seed: int) -> Sequence[str]:
+        """A uniform sample without replacement, in name order."""
+        if self.cohort_size is None or self.cohort_size == len(self.train):
+            return sorted(self.train)
+        chosen = torch.randperm(len(self.train), generator=stream(seed, "cohort", round))[: self.cohort_size]
+        return sorted(self.train[i] for i in chosen.tolist())
+
+    def client(self, name: str, when: int | str, seed: int) -> Client:
+        return Client(name, self.data[name], self.model, stream(seed, name, when))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The same clients with the training images of all of them in one place: the centralized reference.
+
+    One participant, "pooled", trains; afterwards every original client personalizes and is measured as before.
+    """
+
+    members: Population
+
+    @property
+    def train(self) -> Sequence[str]:
+        return self.members.train
+
+    @property
+    def new(self) -> Sequence[str]:
+        return self.members.new
+
+    def initial(self, seed: int) -> Arrays:
+        return self.members.initial(seed)
+
+    def cohort(self, round: int, seed: int) -> Sequence[str]:
+        return [POOLED]
+
+    def client(self, name: str, when: int | str, seed: int) -> Client:
+        if name != POOLED:
+            return self.members.client(name, when, seed)
+        parts = [self.members.data[train] for train in sorted(self.members.train)]
+        data = ClientData(_joined([p.train for p in parts]), _joined([p.heldout for p in parts]))
+        return Client(POOLED, data, self.members.model, stream(seed, POOLED, when))
+
+
+def _joined(parts: Sequence[Images]) -> Images:
+    labels = [part.labels for part in parts]
+    return Images(
+        torch.cat([part.pixels for part in parts]),
+        None if any(label is None for label in labels) else torch.cat([label for label in labels if label is not None]),
+        tuple(caption for part in parts for caption in part.captions),
+    )
