@@ -63,7 +63,7 @@ lock: ## Write requirements.lock anew, with the newest versions that go together
 	.lock-venv/bin/pip install --quiet -e ".[$(EXTRAS)]"
 	{ echo "# Written by \`make lock\`: constraints for pip, without torch and what its CUDA builds bring."; \
 	.lock-venv/bin/pip freeze --exclude-editable --exclude pip --exclude setuptools \
-		| grep -viE '^(torch|triton|nvidia-|cuda-)' ; } > requirements.lock.new
+		| grep -viE '^(torch[ =]|triton|nvidia-|cuda-)' ; } > requirements.lock.new
 	rm -rf .lock-venv
 	mv requirements.lock.new requirements.lock
 

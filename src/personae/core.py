@@ -118,7 +118,7 @@ class ClientData:
 class Batch:
     """What one step of training or sampling sees of the data.
 
-    Shapes: `images` float32 [B, ...]; `unconditional` bool [B], True where the personal part is replaced by the null one.
+    Shapes: `images` float32 [B, ...]; `unconditional` bool [B], True where the null vector stands in.
     """
 
     images: Tensor
@@ -224,8 +224,17 @@ class Training:
 class NoiseSchedule(Protocol):
     """A variance-preserving schedule: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) noise."""
 
-    prediction_type: str
-    alpha_bar: Tensor
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def alpha_bar(self) -> Tensor:
+        """float32 [T]."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What a diffusers sampler is built from."""
+        ...
 
     @property
     def num_timesteps(self) -> int: ...
@@ -239,8 +248,8 @@ class Denoiser(Protocol):
     `load` is absolute: afterwards the model is the frozen base plus exactly the given parts, whatever was there before.
     """
 
-    schedule: NoiseSchedule
-
+    @property
+    def schedule(self) -> NoiseSchedule: ...
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one x_0, without the batch."""
@@ -301,7 +310,7 @@ def constant(value: float) -> Callable[[str], float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How local training is bent: what may move, what is added to the loss, and a factor on the learning rate by name."""
+    """How local training is bent: what may move, what is added to the loss, a factor on the learning rate by name."""
 
     may_move: Select = everything
     penalties: tuple[Penalty, ...] = ()

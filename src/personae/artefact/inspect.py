@@ -40,7 +40,7 @@ def _run(path: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path} is a folder, but not a run: it has no config.toml")
     rounds = 0
     if (path / "rounds.jsonl").is_file():
-        rounds = sum(1 for _ in open(path / "rounds.jsonl", encoding="utf-8"))
+        rounds = len((path / "rounds.jsonl").read_text("utf-8").splitlines())
     return {
         "run": str(path),
         "rounds_done": rounds,

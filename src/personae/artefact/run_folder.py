@@ -53,8 +53,8 @@ class RunFolder:
         with explained(self.path, "creating"):
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise ArtefactError(
-                    f"{self.path} exists; nothing was overwritten. Choose another folder with --out, or continue it with: "
-                    f"personae resume {self.path}"
+                    f"{self.path} exists; nothing was overwritten. Choose another folder with --out, or continue it "
+                    f"with: personae resume {self.path}"
                 )
             for folder in ("clients", "checkpoint/clients"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class RunFolder:
         records = []
         if path.exists():
             with explained(path, "reading"):
-                lines = path.read_text("utf-8").splitlines()
+                lines = path.read_text("utf-8", "replace").splitlines()
             for line in lines:
                 with suppress(ValueError):
                     records.append(json.loads(line))
@@ -113,6 +113,10 @@ class RunFolder:
     def commit(self, round: int, server: State) -> None:
         """Make the state after `round` the one that a resume starts from, then remove what it replaces."""
         folder = self.path / "checkpoint"
+        # A finished run that is given more rounds: what was personalized at its earlier end is no longer true.
+        for stale in [*(self.path / "clients").glob("*.safetensors"), self.path / "cost.json"]:
+            with explained(stale, "removing"):
+                stale.unlink(missing_ok=True)
         name = f"server.{round:06d}.safetensors"
         save_state(folder / name, server)
         manifest = {"format_version": FORMAT_VERSION, "round": round, "server": name, "clients": self._index}

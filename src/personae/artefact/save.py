@@ -69,9 +69,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises: ArtefactError, when the file is missing or not JSON."""
     with explained(path, "reading"):
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
     try:
-        return json.loads(text)
+        return json.loads(data)
     except ValueError as error:
         raise ArtefactError(f"{path} is not readable JSON ({error}); it was damaged or edited by hand") from error
 
@@ -93,7 +93,7 @@ def _separate(parts: Mapping[str, Arrays]) -> dict[str, Tensor]:
             storage = value.untyped_storage()
             shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
             seen.add(storage.data_ptr())
-            tensors[prefix + name] = value.clone() if shared else value.contiguous()
+            tensors[prefix + name] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
     return tensors
 
 
@@ -120,10 +120,13 @@ def load_state(path: Path) -> State:
             f"{FORMAT_VERSION}; install the version that wrote it"
         )
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "extras": {}}
-    for key, value in tensors.items():
-        part, name = key.split("/", 1)
-        parts[part][name] = value
-    return State(parts["params"], parts["extras"], json.loads(metadata["facts"]))
+    try:
+        for key, value in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = value
+        return State(parts["params"], parts["extras"], json.loads(metadata["facts"]))
+    except (KeyError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error!r} in its header); restore it from a copy") from error
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ class MixtureDenoiser(nn.Module):
     """The score of sum_k softmax(e)_k N(mean_k, I), as a prediction of the noise.
 
     The client's vector e is the K logits, an additive bias on the responsibilities:
-    r = softmax_k(e_k + m_k.x_t - |m_k|^2 / 2) with m_k = sqrt(alpha_bar_t) mean_k, and noise = sigma_t (x_t - sum_k r_k m_k).
+    r = softmax_k(e_k + m_k.x_t - |m_k|^2 / 2) with m_k = sqrt(alpha_bar_t) mean_k, and
+    noise = sigma_t (x_t - sum_k r_k m_k).
     Every component keeps unit covariance under the variance-preserving noise.
 
     Shapes: `means` [K, D], shared; `embedding.weight` [1, K], the client's; x_t [B, D].

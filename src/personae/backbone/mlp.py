@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from personae.backbone.parts import copies, load_into
 from personae.backbone.schedule import Schedule
 from personae.core import Arrays, Batch, Cond, Select, everything, pick
+from personae.errors import ConfigError
 from personae.personal.embedding import ClientEmbedding
 
 
@@ -32,6 +33,10 @@ class MLPDenoiser(nn.Module):
         start: Literal["noise", "zero"] = "noise",
     ) -> None:
         super().__init__()
+        if width % 2:
+            raise ConfigError(
+                f"the MLP's width is {width}, expected an even number: half sines, half cosines of the time"
+            )
         self.schedule, self._shape, self._width = schedule, tuple(sample_shape), width
         size = math.prod(sample_shape)
         self.inner = nn.ModuleDict({"input": nn.Linear(size, width), "time": nn.Linear(width, width)})

@@ -2,7 +2,7 @@
 
 The vector may enter in three places:
 
-- "time":   added to the time embedding, so that every residual block receives it (the class-embedding path of diffusers);
+- "time":   added to the time embedding, so that every residual block receives it (diffusers' path for classes);
 - "blocks": its own scale and shift in every residual block, by shared linear heads;
 - "input":  as constant planes beside the image under a 1x1 first layer, that is, a shift of the first convolution.
 
@@ -226,7 +226,7 @@ def preset(
     start: Literal["noise", "zero"] = "noise",
     scale_shift: bool = False,
 ) -> UNetDenoiser:
-    """A fresh U-Net by size. `size` is the height and width in pixels; `scale_shift` makes blocks modulate, not only shift.
+    """A fresh U-Net. `size` is the height and width in pixels; `scale_shift` makes blocks modulate, not only shift.
 
     Raises: ConfigError, when the name is unknown or the picture cannot be halved often enough.
     """
@@ -257,7 +257,7 @@ def open_folder(
     place: Place = "time",
     start: Literal["noise", "zero"] = "noise",
 ) -> UNetDenoiser:
-    """Any local diffusers folder with an unconditional U-Net and its scheduler: a DDPM pipeline, or the two side by side.
+    """Any local diffusers folder with an unconditional U-Net and its scheduler: a DDPM pipeline, or the two together.
 
     With a zero vector the opened model gives the same bits as the plain one.
 
@@ -299,7 +299,7 @@ def open_folder(
 
 
 def save_pipeline(model: UNetDenoiser, folder: Path) -> None:
-    """Write what the model has loaded as an ordinary diffusers pipeline, which stock `DDPMPipeline.from_pretrained` reads.
+    """Write what the model has loaded as a diffusers pipeline, which stock `DDPMPipeline.from_pretrained` reads.
 
     Raises: ArtefactError, when the folder exists and is not empty.
     """

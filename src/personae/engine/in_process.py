@@ -31,23 +31,25 @@ from personae.errors import ClientFailed, ConfigError, EmptyRound
 class InProcess:
     """Runs a job's clients one after the other, adding their updates up as they finish.
 
-    Memory holds one model, one update and one sum, whatever the number of clients. With a folder, the state after every
-    `checkpoint_every` rounds is committed in one rename, so that a kill at any moment loses at most that many rounds and
-    a resume ends in the same bits. `resume` takes up a folder that exists, from round 0 where nothing was committed.
+    Memory holds one model, one update and one sum, whatever the number of clients. With a folder, the state after each
+    `checkpoint_every` rounds is committed in one rename, so that a kill at any moment loses at most that many rounds, and
+    a resume ends in the same bits. `resume` takes up a folder that exists, from round 0 if nothing was committed.
     """
 
     def run(self, job: Job, *, resume: bool = False, watch: Callable[[Round], None] = ignore) -> Run:
-        """Raises: ConfigError, ArtefactError; ClientFailed, RefusedUpdate, MismatchedNames, PrivacyError, EmptyRound."""
+        """Raises: ConfigError, ArtefactError, or the FederationError that stopped a round."""
         if job.rounds < 0 or job.checkpoint_every < 1:
             raise ConfigError(
                 f"rounds is {job.rounds}, expected at least 0; checkpoint_every is {job.checkpoint_every}, "
                 "expected at least 1"
             )
         store: Store = _InMemory() if job.folder is None else RunFolder(job.folder)
+        # Before there is a folder, so that a refused configuration leaves none behind.
+        server = job.method.init(job.members.initial(job.seed))
         store.hold() if resume else store.create()
         try:
             begun = store.restore() if resume else None
-            done, server, records = begun or (0, job.method.init(job.members.initial(job.seed)), [])
+            done, server, records = begun or (0, server, [])
             if begun is None:
                 store.commit(0, server)
             for number in range(done + 1, job.rounds + 1):
@@ -92,7 +94,7 @@ def _round(
                 names=names,
                 max_examples=job.max_examples,
             )
-            names = names or update.sent.params.keys()
+            names = frozenset(update.sent.params) if names is None else names  # a keys view would hold the tensors
             clients[name] = {
                 "loss": update.metrics.get("loss"),
                 "num_examples": update.num_examples,
@@ -127,7 +129,7 @@ def _local(job: Job, store: Store, server: State, name: str, number: int) -> tup
 
 
 def load_parts(client: Client, got: Arrays, kept: Arrays, seed: int) -> None:
-    """Load what was sent and what was kept; a name in neither starts from the client's own stream, never from another's."""
+    """Load what was sent and what was kept; a name in neither starts from the client's own stream."""
     parts = {**got, **kept}
     missing = client.model.live().keys() - parts.keys()
     if missing:

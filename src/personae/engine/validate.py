@@ -18,8 +18,8 @@ def check_update(
 
     `known` are the server's own parameters, for shapes and types; `names` is what the round's first client sent.
 
-    Raises: PrivacyError, when a personal name was sent; MismatchedNames, when names differ from the first client's or the
-    server's; RefusedUpdate, for shapes, types, values that are not finite, or an unusable weight.
+    Raises: PrivacyError, when a personal name was sent; MismatchedNames, when names differ from the first client's or
+    the server's; RefusedUpdate, for shapes, types, values that are not finite, or an unusable weight.
     """
     who = f"client {update.client!r}"
     private = sorted(name for name in [*update.sent.params, *update.sent.extras] if personal(name.split("/")[-1]))

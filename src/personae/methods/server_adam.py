@@ -13,11 +13,11 @@ FIRST, SECOND = "server_adam.first.", "server_adam.second."
 class ServerAdam:
     """The round's change of the model is taken as a gradient by Adam on the server.
 
-    With g = model - combined: m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, both corrected for their zero
-    start, and model <- model - lr m / (sqrt(v) + eps). Few local steps then suffice, so that clients drift little apart
-    and the backbone learns to listen to their embeddings.
+    With g = model - combined: m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2, both corrected for their
+    zero start, and model <- model - lr m / (sqrt(v) + eps). Few local steps then suffice, so that clients drift little
+    apart and the backbone learns to listen to their embeddings.
 
-    Source: Reddi et al. 2021, FedAdam, Algorithm 2. Departure: Adam's correction of the zero start, which they leave out.
+    Source: Reddi et al. 2021, FedAdam, Algorithm 2. Departure: Adam's correction of the zero start.
     """
 
     method: Method

@@ -13,8 +13,8 @@ AVERAGE = "average."
 class ServerEma:
     """Clients train on the running model; what is released is its average over rounds.
 
-    average <- d * average + (1 - d) * model after each round, with d = min(decay, (1 + r) / (10 + r)) in round r, so that
-    the untrained start is soon forgotten. The average lies in the server's extras under "average.".
+    average <- d * average + (1 - d) * model after each round, with d = min(decay, (1 + r) / (10 + r)) in round r, so
+    that the untrained start is soon forgotten. The average lies in the server's extras under "average.".
 
     Source: Ho et al. 2020 average per step; per round, and the ramp, are our choice.
     """

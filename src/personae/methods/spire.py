@@ -28,13 +28,13 @@ class Spire:
     """One shared backbone trained by everybody, one vector per client that never leaves it.
 
     In a round, a client trains the backbone and its vector in one backward pass, sends the backbone, and keeps the
-    vector with its Adam moments. A new client downloads the backbone once and trains only its vector, from the null one.
+    vector with its Adam moments. A new client downloads the backbone once and trains its vector alone.
 
     `embedding_rate` is the vector's learning rate over the backbone's; for the first `embedding_warmup_rounds` rounds
     vectors stay at their random codes, since fast vectors under a young backbone can starve a mode for good.
 
-    Source: Ozkara, Zhou, Diggavi 2025, arXiv:2506.12303. Its pseudocode and settings were not available to us: the joint
-    step, the null vector, the warm-up and every default are ours. Expected numbers: docs/papers.md.
+    Source: Ozkara, Zhou, Diggavi 2025, arXiv:2506.12303. Its pseudocode and settings were not available to us: the
+    joint step, the null vector, the warm-up and every default are ours. Expected numbers: docs/papers.md.
     """
 
     training: Training
@@ -58,7 +58,7 @@ class Spire:
         return server
 
     def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
-        warm = got.facts["round"] >= self.embedding_warmup_rounds
+        warm = int(got.facts["round"]) >= self.embedding_warmup_rounds
         bent = replace(client, plan=replace(client.plan, rate=self._rate))
         fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
         shared, own = divide(client.model.params(), self.personal)

@@ -43,7 +43,7 @@ class ClientEmbedding(nn.Module):
     def initial(self, rng: torch.Generator) -> Arrays:
         """N(0, 1) per coordinate ("noise") or zeros for the client's vector; zeros for the null vector.
 
-        Distinct random codes let the backbone tell clients apart from the first round; from zeros it may never learn to.
+        Random codes let the backbone tell clients apart from the first round; from zeros it may never learn to.
         """
         width = self.embedding.embedding_dim
         own = torch.randn(1, width, generator=rng) if self.start == "noise" else torch.zeros(1, width)

@@ -1,0 +1,249 @@
+"""`personae`: verbs on things that a user has. Heavy imports wait until a command needs them.
+
+Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 images; 4 tensor shapes; 5 files and folders;
+6 a round could not be completed; 130 stopped by Ctrl-C (the run can be resumed).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="personae",
+    help="Personalize diffusion models where the data may not leave its owner.",
+    epilog="Exit codes: 0 done, 2 recipe or argument, 3 images, 4 shapes, 5 files, 6 failed round, 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+STOPPED = 130
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for another program.")]
+
+
+@app.callback(invoke_without_command=True)
+def entry(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("personae"))
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe such as 'quickstart'.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The run's new folder; runs/<name> when left out.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, personalize every client, measure, and write a report."""
+    from personae.cli.progress import Progress
+    from personae.recipe.config import load_recipe
+    from personae.recipe.workflow import run as train
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = out if out is not None else Path("runs") / loaded.name
+    with Progress(f"personae resume {folder}", quiet=as_json) as watch:
+        saved = train(loaded, folder, watch=watch)
+    _finished(saved, as_json)
+
+
+@app.command()
+def resume(run: RunArgument, as_json: Json = False) -> None:
+    """Continue a run that was stopped; it ends in the same bits."""
+    from personae.cli.progress import Progress
+    from personae.recipe.workflow import resume as continue_run
+
+    with Progress(f"personae resume {run}", quiet=as_json) as watch:
+        saved = continue_run(run, watch=watch)
+    _finished(saved, as_json)
+
+
+@app.command()
+def personalize(
+    run: RunArgument,
+    data: Annotated[Path, typer.Option(help="A folder of the new client's images.")],
+    name: Annotated[str, typer.Option(help="What to call the new client.")],
+    as_json: Json = False,
+) -> None:
+    """Add a client that nobody has seen: trains only its own part, uploads nothing."""
+    from personae.recipe.workflow import open_run
+
+    saved = open_run(run)
+    figures = saved.personalize(name, data)
+    _print(
+        as_json,
+        {"client": name, "file": str(saved.folder / "clients" / f"{name}.safetensors"), **figures},
+        [
+            f"{name}: {figures['trained_parameters']:,} numbers trained, {figures['num_images']} images, nothing sent",
+            f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}",
+            f"wrote {saved.folder / 'clients' / (name + '.safetensors')}",
+            f"next: personae sample {run} --client {name} -n 16",
+        ],
+    )
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    client: Annotated[str, typer.Option(help="Whose personal model draws.")],
+    num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for them; RUN/samples/<client>-<seed> when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw images from a client's personal model, as PNG files and one grid."""
+    from personae.errors import ArtefactError
+    from personae.evaluate.grids import save_grid
+    from personae.recipe.workflow import open_run
+
+    folder = out or run / "samples" / f"{client}-{seed}"
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
+    images = open_run(run).sample(client, num_images, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        save_grid(folder / f"{number:04d}.png", image[None], columns=1, scale=1)
+    save_grid(folder / "grid.png", images, columns=8)
+    _print(
+        as_json,
+        {"client": client, "num_images": num_images, "folder": str(folder)},
+        [f"wrote {num_images} images and grid.png to {folder}"],
+    )
+
+
+@app.command()
+def evaluate(run: RunArgument, as_json: Json = False) -> None:
+    """Measure every client again and rewrite summary.json."""
+    from personae.cli.progress import Progress
+    from personae.recipe.workflow import open_run
+
+    saved = open_run(run)
+    with Progress(f"personae evaluate {run}", quiet=as_json) as watch:
+        summary = saved.evaluate(watch=watch)
+    _print(as_json, summary, [*_table(summary), f"wrote {saved.folder / 'summary.json'}"])
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html again from what the folder holds."""
+    from personae.recipe.workflow import open_run
+
+    print(f"wrote {open_run(run).report()}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    client: Annotated[str, typer.Option(help="Whose personal model to export.")],
+    to: Annotated[Path, typer.Option(help="The new folder.")],
+) -> None:
+    """Write an ordinary diffusers folder that draws one client's distribution without personae."""
+    from personae.recipe.workflow import open_run
+
+    path = open_run(run).export(client, to)
+    print(f'wrote {path}; load it with: diffusers.DDPMPipeline.from_pretrained("{path}")')
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A safetensors file or a run's folder.")], as_json: Json = False
+) -> None:
+    """Say what a file or a run folder holds."""
+    from personae.artefact.inspect import inspect_file
+
+    found = inspect_file(file)
+    lines = [f"{key}: {value}" for key, value in found.items() if not isinstance(value, dict)]
+    lines += [f"  {name}  {t['dtype']} {t['shape']}" for name, t in list(found.get("tensors", {}).items())[:40]]
+    _print(as_json, found, lines)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check that this machine has what a run needs."""
+    from personae.recipe.environment import doctor as check
+
+    rows = check()
+    _print(
+        as_json,
+        {name: {"fine": fine, "found": found} for fine, name, found in rows},
+        [f"{'ok ' if fine else 'BAD'}  {name:28} {found}" for fine, name, found in rows],
+    )
+    if not all(fine for fine, _, _ in rows):
+        raise typer.Exit(1)
+
+
+def _finished(saved: Any, as_json: bool) -> None:
+    summary = saved.summary
+    _print(
+        as_json,
+        {"run": str(saved.folder), "report": str(saved.folder / "report.html"), "summary": summary},
+        [*_table(summary), f"report: {saved.folder / 'report.html'}"],
+    )
+
+
+def _table(summary: dict[str, Any]) -> list[str]:
+    """A screenful of figures: one line per role, and one per new client."""
+    lines = []
+    for role, title in (("train", "training clients"), ("new", "new clients")):
+        chosen = {name: c for name, c in summary["clients"].items() if c["role"] == role}
+        if chosen:
+            loss = sum(c["heldout_loss"] for c in chosen.values()) / len(chosen)
+            lines.append(f"{len(chosen)} {title}: held-out loss {loss:.4f}{_distances(list(chosen.values()))}")
+    for name, c in list(summary["clients"].items()):
+        if c["role"] == "new":
+            lines.append(
+                f"  {name}: {c['num_images']} images, {c['trained_parameters']:,} numbers trained, "
+                f"{c['bytes_up']} bytes sent, file {c['personal_file_bytes']:,} bytes{_distances([c])}"
+            )
+    return lines
+
+
+def _distances(chosen: list[dict[str, Any]]) -> str:
+    after = [c["histogram_distance"] for c in chosen if c["histogram_distance"] is not None]
+    before = [c["histogram_distance_before"] for c in chosen if c["histogram_distance_before"] is not None]
+    if not after:
+        return ""
+    start = f"{sum(before) / len(before):.3f} -> " if before else ""
+    return f", class-histogram distance {start}{sum(after) / len(after):.3f}"
+
+
+def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
+    print(json.dumps(value, indent=2, default=str) if as_json else "\n".join(lines))
+
+
+def main() -> None:
+    """The console script: an error of ours is its own sentence, and the exit code says its kind."""
+    from personae.errors import PersonaeError
+
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        app()
+    except PersonaeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _stop(*_: object) -> None:
+    """Ctrl-C ends the process where it is; what was committed stays, and what was being written is ignored later."""
+    raise SystemExit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()

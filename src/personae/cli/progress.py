@@ -1,0 +1,79 @@
+"""Live progress: round, clients, loss, bytes and time left, on one line of a terminal or as plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from personae.core import Round
+
+LOG_EVERY_SECONDS = 10.0
+STAGES = {"train": "training", "personalize": "personalizing", "evaluate": "measuring"}
+
+
+class Progress:
+    """A watcher. `again` is the command that continues, printed when the run is stopped."""
+
+    def __init__(self, again: str, *, quiet: bool = False) -> None:
+        self._again, self._quiet = again, quiet
+        self._live = sys.stderr.isatty()
+        self._started: dict[str, tuple[float, float]] = {}
+        self._bytes_up = self._bytes_down = 0
+        self._written = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live and not self._quiet:
+            print(file=sys.stderr)
+        if kind in (KeyboardInterrupt, SystemExit):
+            print(f"stopped; nothing that was committed is lost. Continue with: {self._again}", file=sys.stderr)
+
+    def __call__(self, now: Round) -> None:
+        if self._quiet:
+            return
+        position, total = self._position(now)
+        began, first = self._started.setdefault(now.stage, (time.monotonic(), max(0.0, position - 1 / now.clients)))
+        if now.stage == "train" and now.done:
+            self._bytes_up += now.bytes_up
+            self._bytes_down += now.bytes_down
+        moved, spent = position - first, time.monotonic() - began
+        left = spent / moved * (total - position) if moved > 0 and spent > 1 else None
+        finished = position >= total
+        if not self._live and not finished and time.monotonic() - self._written < LOG_EVERY_SECONDS:
+            return
+        self._written = time.monotonic()
+        line = self._line(now, left)
+        print(
+            f"\r\x1b[K{line}" if self._live else line,
+            end="\n" if not self._live or finished else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _position(self, now: Round) -> tuple[float, float]:
+        """How far, out of how much: rounds while training, clients afterwards."""
+        if now.stage != "train":
+            return now.clients_done, now.clients
+        return now.round - 1 + now.clients_done / now.clients, now.rounds
+
+    def _line(self, now: Round, left: float | None) -> str:
+        time_left = f"  {_clock(left)} left" if left is not None else ""
+        if now.stage != "train":
+            return f"{STAGES[now.stage]:13} client {now.clients_done}/{now.clients} ({now.client}){time_left}"
+        return (
+            f"{STAGES[now.stage]:13} round {now.round}/{now.rounds}  clients {now.clients_done}/{now.clients}  "
+            f"loss {now.loss:.4f}  up {_mib(self._bytes_up)}  down {_mib(self._bytes_down)}{time_left}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

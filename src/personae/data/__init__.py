@@ -1,0 +1,29 @@
+"""Where images come from, and which client holds which of them."""
+
+from collections.abc import Callable, Mapping
+
+from personae.data.faces import faces
+from personae.data.folder import client_folders, image_folder
+from personae.data.mixture import gaussian_mixture
+from personae.data.partition import by_attribute, by_label, dirichlet, iid, split
+from personae.data.sources import Source, digits, fashion, mnist5k
+
+SOURCES: Mapping[str, Callable[..., Source]] = {"digits": digits, "mnist5k": mnist5k, "fashion": fashion, "faces": faces}
+"""By the name that a recipe uses."""
+
+__all__ = [
+    "SOURCES",
+    "Source",
+    "by_attribute",
+    "by_label",
+    "client_folders",
+    "digits",
+    "dirichlet",
+    "faces",
+    "fashion",
+    "gaussian_mixture",
+    "iid",
+    "image_folder",
+    "mnist5k",
+    "split",
+]

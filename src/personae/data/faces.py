@@ -1,0 +1,96 @@
+"""Drawn faces with exact attributes, as many as wanted: a stand-in for photographs of people.
+
+Letters in shapes: `N` images, `A` attributes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from personae.core import Images
+from personae.data.sources import Source
+from personae.errors import ConfigError
+
+ATTRIBUTES = {
+    "glasses": ("glasses", ""),
+    "beard": ("beard", ""),
+    "hat": ("hat", ""),
+    "happy": ("mouth", "happy"),
+    "long hair": ("hair", "long"),
+}
+"""An attribute is present when this component of the drawing has a variant whose name starts so."""
+
+PERCENT = {"glasses": 35, "beard": 25, "hat": 25}
+"""How many of a hundred faces wear it, in a style that can draw it. The other attributes are left to the style."""
+
+BACKGROUNDS = ["b6e3f4", "ffdfbf", "d1d4f9", "c0aede"]
+
+
+def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
+    """`n` faces in a DiceBear style, the same ones at every call; the first of them do not depend on `n`.
+
+    Attributes are those of ATTRIBUTES that the style can draw: all five in "pixel-art", whose own size is 16.
+    Captions read "a happy pixel-art face with glasses, long hair". There are no labels.
+
+    Shapes: pixels [n, 3, size, size].
+    Raises: ConfigError, when a package is missing, `style` is unknown or has no attribute, or `n` or `size` is below 1.
+    Source: https://www.dicebear.com. The drawings of "pixel-art" and "lorelei" are CC0; look up the licence of others.
+    """
+    try:
+        from dicebear import Avatar, Style
+        from resvg_py import svg_to_bytes
+
+        definition = _definition(style)
+    except ImportError as error:
+        raise ConfigError(f'faces needs the package {error.name}: pip install "personae[faces]"') from error
+    if n < 1 or size < 1:
+        raise ConfigError(f"n is {n} and size {size}, expected at least 1")
+    parts = {name: part.get("variants", {}) for name, part in definition["components"].items()}
+    names = tuple(name for name, (part, start) in ATTRIBUTES.items()
+                  if any(variant.startswith(start) for variant in parts.get(part, ())))
+    if not names:
+        raise ConfigError(f'style {style!r} draws none of {", ".join(ATTRIBUTES)}: choose another, such as "pixel-art"')
+    odds = {f"{part}Probability": percent for part, percent in PERCENT.items() if part in parts}
+    options = {"size": size, "backgroundColor": BACKGROUNDS, **odds}
+
+    drawing, pixels, attributes = Style(definition), [], []
+    for number in range(n):
+        face = Avatar(drawing, {"seed": f"person{number}", **options}).to_json()
+        pixels.append(_pixels(svg_to_bytes(svg_string=face["svg"])))
+        attributes.append([_has(face["options"], name) for name in names])
+    captions = tuple(_caption(style, [name for name, has in zip(names, row, strict=True) if has]) for row in attributes)
+    images = Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), None, captions)
+    return Source(images, (), torch.tensor(attributes, dtype=torch.int64), names)
+
+
+def _definition(style: str) -> Any:
+    """Raises: ImportError without the package dicebear_styles."""
+    listed = files("dicebear_styles").iterdir()
+    known = {file.name.removesuffix(".json"): file for file in listed if file.name.endswith(".json")}
+    if style not in known:
+        raise ConfigError(f"style is {style!r}, expected one of {', '.join(sorted(known))}")
+    return json.loads(known[style].read_text("utf-8"))
+
+
+def _pixels(png: bytes) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))  # backgrounds are opaque
+
+
+def _has(options: dict[str, Any], name: str) -> bool:
+    part, start = ATTRIBUTES[name]
+    variant = options.get(f"{part}Variant")
+    return variant is not None and str(variant).startswith(start)
+
+
+def _caption(style: str, has: list[str]) -> str:
+    worn = [{"beard": "a beard", "hat": "a hat"}.get(name, name) for name in has if name != "happy"]
+    return f"a {'happy ' if 'happy' in has else ''}{style} face" + (f" with {', '.join(worn)}" if worn else "")

@@ -1,0 +1,144 @@
+"""From a recipe to the things that it names: data, denoiser, population, job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+
+from torch import Tensor
+
+from personae.aggregate import RULES
+from personae.backbone import unet
+from personae.backbone.schedule import schedule
+from personae.backbone.unet import UNetDenoiser
+from personae.core import ClientData, Images, Job, stream
+from personae.data import SOURCES, by_attribute, by_label, client_folders, dirichlet, iid, image_folder, split
+from personae.data.sources import Source
+from personae.engine.population import Pooled, Population
+from personae.errors import ConfigError, DataError
+from personae.recipe.schema import Data, Partition, Recipe
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Everyone's data by client name, who trains and who comes later, and what the labels mean."""
+
+    data: Mapping[str, ClientData]
+    train: tuple[str, ...]
+    new: tuple[str, ...]
+    label_names: tuple[str, ...]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of every image."""
+        return tuple(next(iter(self.data.values())).train.pixels.shape[1:])
+
+
+def build_clients(recipe: Recipe) -> Clients:
+    """Raises: DataError, ConfigError."""
+    data, seed = recipe.data, recipe.seed
+    if data.source == "clients":
+        images = client_folders(
+            Path(str(data.path)), size=int(data.size or 0), channels=data.channels, on_unreadable=data.on_unreadable
+        )
+        if unknown := sorted(set(data.new) - set(images)):
+            raise ConfigError(f"data.new names {', '.join(unknown)}, but the folder holds {', '.join(sorted(images))}")
+        train, new = tuple(n for n in sorted(images) if n not in data.new), tuple(sorted(data.new))
+        label_names: tuple[str, ...] = ()
+    else:
+        source, partition = _source(data), data.partition
+        assert partition is not None, "checked when the recipe was read"
+        if data.new:
+            raise ConfigError(
+                "data.new names clients of source 'clients'; here data.partition.num_new holds clients out"
+            )
+        parts = _parts(source, partition, seed)
+        width = len(str(len(parts) - 1))
+        images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(parts)}
+        names, label_names = tuple(images), source.label_names
+        train, new = names[: len(names) - partition.num_new], names[len(names) - partition.num_new :]
+    return Clients({name: _split(name, images[name], data.heldout, seed) for name in images}, train, new, label_names)
+
+
+def _split(name: str, images: Images, heldout: float, seed: int) -> ClientData:
+    try:
+        return split(images, heldout, stream(seed, "split", name))
+    except DataError as error:
+        raise DataError(f"client {name!r}: {error}") from error
+
+
+def _source(data: Data) -> Source:
+    if data.source == "folder":
+        return image_folder(
+            Path(str(data.path)), size=int(data.size or 0), channels=data.channels, on_unreadable=data.on_unreadable
+        )
+    load = SOURCES[data.source]
+    given = {"size": ("size", data.size), "n": ("num_images", data.num_images), "root": ("path", data.path)}
+    options = {argument: value for argument, (_, value) in given.items() if value is not None}
+    if unfit := [given[argument][0] for argument in options if argument not in signature(load).parameters]:
+        raise ConfigError(f"source {data.source!r} does not take data.{' or data.'.join(unfit)}; leave it out")
+    return load(**options)
+
+
+def _parts(source: Source, partition: Partition, seed: int) -> list[Tensor]:
+    rng, count = stream(seed, "partition"), partition.num_clients
+    if partition.kind == "iid":
+        return iid(len(source.images), count, rng)
+    if partition.kind == "by_attribute":
+        if source.attributes is None:
+            raise ConfigError("data.partition: this source has no attributes; use iid, by_label or dirichlet")
+        return by_attribute(source.attributes, count, rng)
+    labels = source.images.labels
+    if labels is None:
+        raise ConfigError(
+            f"data.partition: {partition.kind!r} needs labels; put each label's images in a sub-folder, or use iid"
+        )
+    if partition.kind == "by_label":
+        return by_label(labels, count, int(partition.classes_per_client or 0), rng)
+    return dirichlet(labels, count, float(partition.alpha or 0), rng, min_images=partition.min_images)
+
+
+def build_denoiser(recipe: Recipe, sample_shape: tuple[int, ...]) -> UNetDenoiser:
+    """Raises: ConfigError, ArtefactError."""
+    backbone, (channels, _, size) = recipe.backbone, sample_shape
+    width = backbone.embedding.width if backbone.embedding is not None else None
+    place = backbone.embedding.place if backbone.embedding is not None else "time"
+    start = backbone.embedding.start if backbone.embedding is not None else "noise"
+    if backbone.folder is not None:
+        model = unet.open_folder(Path(backbone.folder), embedding_width=width, place=place, start=start)
+        if model.sample_shape != sample_shape:
+            raise ConfigError(
+                f"the backbone in {backbone.folder} draws {list(model.sample_shape)}, the images are "
+                f"{list(sample_shape)} (channels, height, width); set data.size and data.channels"
+            )
+    else:
+        model = unet.preset(
+            str(backbone.preset),
+            schedule(backbone.num_timesteps, backbone.beta_schedule, backbone.prediction_type),
+            size=size,
+            channels=channels,
+            embedding_width=width,
+            place=place,
+            start=start,
+            scale_shift=backbone.scale_shift,
+        )
+    return model.to(recipe.machine.device)
+
+
+def build_job(recipe: Recipe, clients: Clients, model: UNetDenoiser, folder: Path | None) -> Job:
+    """Everything that an engine needs."""
+    population = Population(model, clients.data, clients.train, clients.new, recipe.cohort)
+    members = Pooled(population) if recipe.data.pooled else population
+    return Job(
+        method=recipe.method,
+        members=members,
+        site=members,
+        rounds=recipe.rounds,
+        seed=recipe.seed,
+        rule=RULES[recipe.aggregation.rule],
+        max_examples=recipe.aggregation.max_examples,
+        folder=folder,
+        checkpoint_every=recipe.machine.checkpoint_every,
+    )

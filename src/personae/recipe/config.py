@@ -1,0 +1,290 @@
+"""Reading a recipe: every problem at once, each with the nearest valid key; and writing it back in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tomli_w
+
+from personae.core import Method
+from personae.errors import ConfigError
+from personae.methods import METHODS, WRAPPERS
+from personae.recipe.schema import Recipe
+
+TITLE = "title"
+"""A sentence for people, allowed in every recipe and carried along unread."""
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are found by name: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [folder for folder in (package / "recipes", package.parent.parent / "recipes") if folder.is_dir()]
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """A file's own path, or a shipped recipe by name ("quickstart", "digits/spire").
+
+    Raises: ConfigError, with the nearest names.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = {
+        str(file.relative_to(folder).with_suffix("")): file
+        for folder in recipe_folders()
+        for file in sorted(folder.rglob("*.toml"))
+    }
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    near = difflib.get_close_matches(str(recipe), shipped, n=3, cutoff=0.4) or sorted(shipped)[:8]
+    raise ConfigError(f"there is no file and no shipped recipe {str(recipe)!r}; did you mean: {', '.join(near)}?")
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML file or a shipped recipe; `overrides` are "key.of.table=value" with the value in TOML or a bare word.
+
+    Raises: ConfigError, naming every problem.
+    """
+    path = find_recipe(recipe)
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return parse(table, str(path))
+
+
+def parse(table: Mapping[str, Any], where: str) -> Recipe:
+    """From a table as TOML gives it. Raises: ConfigError, naming every problem in `where`."""
+    table = {key: value for key, value in table.items() if key != TITLE}
+    problems: list[str] = []
+    method = _method(table.pop("method", None), table.pop("wrap", {}), problems)
+    fields = _check(Recipe, table, "", problems)
+    if not problems and fields is not None:
+        problems += _together(fields, method)
+    if problems or fields is None or method is None:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(f"{where} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:{lines}")
+    return dataclasses.replace(fields, method=method)
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every value filled in, as TOML can hold it; `parse` gives the same recipe back."""
+    table = _plain({f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "method"})
+    wraps: dict[str, Any] = {}
+    method: Any = recipe.method
+    names = {kind: name for name, kind in {**METHODS, **WRAPPERS}.items()}
+    while type(method) in WRAPPERS.values():
+        wraps[names[type(method)]] = _plain(
+            {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name != "method"}
+        )
+        method = method.method
+    own = _plain({f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    return {**table, "method": {"name": names[type(method)], **own}, "wrap": wraps}
+
+
+def to_toml(recipe: Recipe) -> str:
+    return tomli_w.dumps(to_table(recipe))
+
+
+def method_name(method: Method) -> str:
+    """As people say it, wrappers outside: "server_ema(server_adam(spire))"."""
+    names = {kind: name for name, kind in {**METHODS, **WRAPPERS}.items()}
+    inner = getattr(method, "method", None)
+    return names[type(method)] if inner is None else f"{names[type(method)]}({method_name(inner)})"
+
+
+# --- the pieces ----------------------------------------------------------------------------------------------
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set method.embedding_rate=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
+    table[last] = value
+
+
+def _method(table: Any, wraps: Any, problems: list[str]) -> Method | None:
+    """The method with its wrappers around it, in the order of WRAPPERS from the inside out."""
+    if not isinstance(table, dict) or "name" not in table:
+        problems.append(f"method: a table [method] with a name is needed; names are {', '.join(METHODS)}")
+        return None
+    name = table["name"]
+    if name not in METHODS:
+        problems.append(f"method.name: {name!r} is unknown{_nearest(str(name), METHODS)}")
+        return None
+    method: Any = _check(METHODS[name], {k: v for k, v in table.items() if k != "name"}, "method.", problems)
+    if not isinstance(wraps, dict):
+        problems.append("wrap: expected tables such as [wrap.server_ema]")
+        return None
+    problems += [f"wrap.{key}: unknown{_nearest(key, WRAPPERS)}" for key in wraps if key not in WRAPPERS]
+    for key, kind in WRAPPERS.items():
+        if key in wraps:
+            method = _check(kind, wraps[key], f"wrap.{key}.", problems, method=method)
+    return typing.cast("Method | None", method)
+
+
+def _check(kind: type, table: Any, where: str, problems: list[str], **given: Any) -> Any:
+    """Make `kind` from a table, or add to `problems` and return None. `given` are fields that no table holds."""
+    if not isinstance(table, dict):
+        problems.append(f"{where.rstrip('.')}: expected a table")
+        return None
+    try:
+        checked = _model(kind).model_validate_json(json.dumps(table, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        problems += [_explain(kind, where, problem) for problem in error.errors()]
+        return None
+    try:
+        return _build(kind, checked, given)
+    except ConfigError as error:
+        problems.append(f"{where}{error}")
+        return None
+
+
+@cache
+def _model(kind: type) -> type[pydantic.BaseModel]:
+    """A strict pydantic model with the fields of a dataclass, nested ones likewise, without those of type Method."""
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if hints[field.name] is Method:
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        fields[field.name] = (_translated(hints[field.name]), ... if required else None)
+    config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
+    return pydantic.create_model(kind.__name__, __config__=config, **fields)
+
+
+def _translated(hint: Any) -> Any:
+    """A type with every dataclass in it replaced by its model."""
+    if dataclasses.is_dataclass(hint):
+        return _model(typing.cast("type", hint))
+    if typing.get_origin(hint) is not None and typing.get_origin(hint) is not typing.Literal:
+        parts = tuple(_translated(part) for part in typing.get_args(hint))
+        origin = typing.get_origin(hint)
+        return typing.Union[parts] if origin in (typing.Union, type(int | str)) else origin[parts]  # noqa: UP007
+    return hint
+
+
+def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = dict(given)
+    for name in checked.model_fields_set:
+        value = getattr(checked, name)
+        if isinstance(value, pydantic.BaseModel):
+            value = _build(_dataclass_in(hints[name]), value, {})
+        values[name] = value
+    if kind is Recipe:
+        values["method"] = None
+    return kind(**values)
+
+
+def _explain(kind: type, where: str, problem: Any) -> str:
+    """One pydantic error in our words, with the nearest valid key for an unknown one."""
+    path = [str(part) for part in problem["loc"]]
+    name = where + ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        for part in path[:-1]:
+            hint = typing.get_type_hints(kind)[part]
+            kind = _dataclass_in(hint)
+        valid = [field.name for field in dataclasses.fields(kind) if field.name != "method" or kind is not Recipe]
+        return f"{name}: unknown key{_nearest(path[-1], valid)}"
+    if problem["type"] == "missing":
+        return f"{name}: missing"
+    found = problem.get("input")
+    shown = "" if isinstance(found, dict) else f", found {found!r}"
+    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}{shown}"
+
+
+def _dataclass_in(hint: Any) -> type:
+    """The dataclass that a hint is or allows beside None."""
+    return next(part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part))
+
+
+def _nearest(word: str, valid: Any) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def _together(recipe: Recipe, method: Method | None) -> list[str]:
+    """Problems that no single field shows."""
+    from personae.aggregate import RULES
+    from personae.engine import ENGINES
+
+    problems = []
+    if recipe.rounds < 1:
+        problems.append(f"rounds: {recipe.rounds}, expected at least 1")
+    if recipe.cohort is not None and recipe.cohort < 1:
+        problems.append(f"cohort: {recipe.cohort}, expected at least 1, or left out for all clients")
+    if recipe.engine not in ENGINES:
+        problems.append(f"engine: {recipe.engine!r} is unknown{_nearest(recipe.engine, ENGINES)}")
+    if recipe.aggregation.rule not in RULES:
+        problems.append(
+            f"aggregation.rule: {recipe.aggregation.rule!r} is unknown{_nearest(recipe.aggregation.rule, RULES)}"
+        )
+    if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
+        problems.append("backbone: exactly one of preset and folder is needed")
+    if not 0 < recipe.data.heldout < 1:
+        problems.append(f"data.heldout: {recipe.data.heldout}, expected between 0 and 1")
+    if recipe.data.source in ("clients", "folder") and recipe.data.path is None:
+        problems.append(f"data.path: needed for source {recipe.data.source!r}")
+    if recipe.data.source in ("clients", "folder") and recipe.data.size is None:
+        problems.append(f"data.size: needed for source {recipe.data.source!r}, in pixels")
+    if recipe.data.source == "clients" and recipe.data.partition is not None:
+        problems.append("data.partition: source 'clients' is already spread over clients; leave it out")
+    if recipe.data.source != "clients" and recipe.data.partition is None:
+        problems.append("data.partition: missing; it says how the images are spread over clients")
+    if (p := recipe.data.partition) is not None:
+        if not p.num_clients - p.num_new >= 1:
+            problems.append(f"data.partition: {p.num_clients} clients of which {p.num_new} are new leave none to train")
+        if p.num_new < 0:
+            problems.append(f"data.partition.num_new: {p.num_new}, expected at least 0")
+        if p.kind == "dirichlet" and p.alpha is None:
+            problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
+        if p.kind == "by_label" and p.classes_per_client is None:
+            problems.append("data.partition.classes_per_client: missing for 'by_label'")
+        if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new:
+            problems.append(f"cohort: {recipe.cohort}, but only {p.num_clients - p.num_new} clients train")
+    for name, low in (
+        ("num_images", 1),
+        ("loss_grid", 1),
+        ("loss_draws", 1),
+        ("kid_subsets", 1),
+        ("kid_subset_size", 2),
+    ):
+        if getattr(recipe.evaluation, name) < low:
+            problems.append(f"evaluation.{name}: {getattr(recipe.evaluation, name)}, expected at least {low}")
+    for name in ("threads", "checkpoint_every"):
+        if getattr(recipe.machine, name) < 1:
+            problems.append(f"machine.{name}: {getattr(recipe.machine, name)}, expected at least 1")
+    return problems
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as tables, tuples as lists, None left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value

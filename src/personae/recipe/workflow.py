@@ -1,0 +1,367 @@
+"""What a user does with a recipe and with a run: train, resume, personalize, sample, evaluate, report, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personae.artefact.run_folder import RunFolder
+from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
+from personae.backbone.unet import UNetDenoiser, save_pipeline
+from personae.core import ClientData, Images, Job, Round, State, ignore, stream
+from personae.data import image_folder, split
+from personae.engine import ENGINES
+from personae.engine.in_process import load_parts, personalize_one
+from personae.engine.population import Population
+from personae.errors import ArtefactError, ConfigError, DataError
+from personae.evaluate.features import Features, features_by_name
+from personae.evaluate.grids import save_grid
+from personae.evaluate.histogram import class_histogram
+from personae.evaluate.loss import denoising_loss
+from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
+from personae.evaluate.report import write_report
+from personae.infer.sample import sample, to_bytes
+from personae.recipe.build import Clients, build_clients, build_denoiser, build_job
+from personae.recipe.config import load_recipe, method_name, parse, to_toml
+from personae.recipe.environment import environment, versions
+from personae.recipe.schema import Recipe
+
+SUMMARY_VERSION = 1
+SHOWN = 32
+"""Images in a grid."""
+
+Watch = Callable[[Round], None]
+
+
+def run(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    watch: Watch = ignore,
+) -> SavedRun:
+    """Train, personalize, measure and report one recipe in a folder of its own, `runs/<name>` by default.
+
+    Raises: ConfigError, DataError, ArtefactError (the folder exists), FederationError.
+    """
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    plan = _absolute(plan)
+    clients = build_clients(plan)
+    folder = Path(out) if out is not None else Path("runs") / plan.name
+    opened = RunFolder(folder)
+    opened.create()
+    try:
+        write_json(folder / "environment.json", environment(plan.machine.threads, plan.machine.device))
+        write_bytes(folder / "config.toml", to_toml(plan).encode())
+    finally:
+        opened.release()
+    return _finish(SavedRun(folder, plan, clients), watch)
+
+
+def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
+    """Take a run up where it was stopped; a complete one is only measured and reported again where that is missing.
+
+    Raises: ArtefactError, when the folder holds no run.
+    """
+    return _finish(open_run(folder), watch)
+
+
+def open_run(folder: str | Path) -> SavedRun:
+    """Raises: ArtefactError, when the folder holds no run."""
+    path = Path(folder)
+    if not (path / "config.toml").is_file():
+        raise ArtefactError(
+            f"{path} is not a run: it has no config.toml. Start one with: personae run RECIPE --out {path}"
+        )
+    try:
+        table = tomllib.loads((path / "config.toml").read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtefactError(f"{path / 'config.toml'} cannot be read: {error}") from error
+    return SavedRun(path, parse(table, str(path / "config.toml")))
+
+
+def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
+    """Whatever is not done yet, in order. Also where a stopped run is taken up."""
+    if not RunFolder(saved.folder).is_complete():
+        ENGINES[saved.recipe.engine]().run(saved.job, resume=True, watch=watch)
+    if not (saved.folder / "summary.json").is_file():
+        saved.evaluate(watch=watch)
+    saved.report()
+    return saved
+
+
+class SavedRun:
+    """A run on disk. What is needed of its folder, its data and its model is read when it is first asked for."""
+
+    def __init__(self, folder: Path, recipe: Recipe, clients: Clients | None = None) -> None:
+        self.folder, self.recipe, self._given = folder, recipe, clients
+
+    @cached_property
+    def _clients(self) -> Clients:
+        return self._given or build_clients(self.recipe)
+
+    @cached_property
+    def _model(self) -> UNetDenoiser:
+        """The one model in memory; every client's parts are loaded into it."""
+        torch.set_num_threads(self.recipe.machine.threads)
+        path = self.folder / "model.json"
+        if not path.is_file():
+            write_json(path, {"sample_shape": self._clients.sample_shape})
+        return build_denoiser(self.recipe, tuple(read_json(path)["sample_shape"]))
+
+    @cached_property
+    def job(self) -> Job:
+        """What an engine needs to carry this run."""
+        return build_job(self.recipe, self._clients, self._model, self.folder)
+
+    @cached_property
+    def _released(self) -> State:
+        path = self.folder / "server.safetensors"
+        if not path.is_file():
+            raise ArtefactError(
+                f"{self.folder} has not finished training; continue it with: personae resume {self.folder}"
+            )
+        return load_state(path)
+
+    @cached_property
+    def _features(self) -> Features | None:
+        return features_by_name(self.recipe.evaluation.features or self.recipe.data.source)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The figures of summary.json. Raises: ArtefactError, when the run has not been evaluated."""
+        return dict(read_json(self.folder / "summary.json"))
+
+    @property
+    def clients(self) -> list[str]:
+        """Everyone with a personal file."""
+        return sorted(path.stem for path in (self.folder / "clients").glob("*.safetensors"))
+
+    def personalize(self, name: str, data: str | Path) -> dict[str, Any]:
+        """Add a client that nobody has seen, from a folder of its images. Returns its figures.
+
+        Nothing is uploaded, and the shared model keeps its bits.
+        Raises: ConfigError, when the name is taken or unusable; DataError, for the images.
+        """
+        clients, job = self._clients, self.job
+        if name in self.clients or name in clients.data:
+            raise ConfigError(f"client {name!r} exists in {self.folder}; choose another --name")
+        if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+            raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
+        own = self._read(name, Path(data))
+        joined = _with_client(job, name, own)
+        personal = personalize_one(joined, self._released, State(), name)
+        backbone = read_metadata(self.folder / "server.safetensors")["backbone"]
+        RunFolder(self.folder).save_personal(name, personal, backbone)
+        added = {**self._added(), name: str(Path(data).resolve())}
+        write_json(self.folder / "added.json", added)
+        return self._figures(name, "new", own, joined)
+
+    def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
+        """What this client's personal model draws, uint8 [num_images, C, H, W].
+
+        Raises: ConfigError, for an unknown client; ArtefactError, when its file belongs to another backbone.
+        """
+        model = self.model(client)
+        return self._draw(model, client, num_images, seed)
+
+    def model(self, client: str) -> UNetDenoiser:
+        """The denoiser with the released backbone and this client's personal part."""
+        path = RunFolder(self.folder).personal_path(client)
+        if not path.is_file():
+            near = ", ".join(self.clients[:12]) or "none yet"
+            raise ConfigError(f"there is no client {client!r} in {self.folder}; clients are {near}")
+        mine = read_metadata(path).get("backbone")
+        ours = read_metadata(self.folder / "server.safetensors").get("backbone")
+        if mine != ours:
+            raise ArtefactError(
+                f"{path} belongs to backbone {mine}, this run's is {ours}; personalize it here: "
+                f"personae personalize {self.folder} --data DIR --name NAME"
+            )
+        model = self._model
+        model.load({**self._released.params, **load_state(path).params})
+        return model
+
+    def export(self, client: str, to: str | Path) -> Path:
+        """An ordinary diffusers pipeline that draws this client's distribution, with no `personae` installed."""
+        save_pipeline(self.model(client), Path(to))
+        return Path(to)
+
+    def evaluate(self, *, watch: Watch = ignore) -> dict[str, Any]:
+        """Measure every client, write sample grids and summary.json. Returns the summary."""
+        clients, job = self._clients, self.job
+        started = time.perf_counter()
+        roles = dict.fromkeys(clients.train, "train") | dict.fromkeys(clients.new, "new")
+        data = dict(clients.data)
+        for name, path in self._added().items():
+            roles[name], data[name] = "new", self._read(name, Path(path))
+        figures: dict[str, Any] = {}
+        for name, role in roles.items():
+            figures[name] = self._figures(name, role, data[name], _with_client(job, name, data[name]))
+            watch(
+                Round(
+                    "evaluate",
+                    job.rounds,
+                    job.rounds,
+                    name,
+                    len(figures),
+                    len(roles),
+                    float("nan"),
+                    0,
+                    0,
+                    time.perf_counter() - started,
+                    len(figures) == len(roles),
+                )
+            )
+        cost = read_json(self.folder / "cost.json")
+        for name, figure in figures.items():
+            traffic = cost["traffic"].get(name, {"up": 0, "down": self._released.num_bytes()})
+            figure |= {"bytes_up": traffic["up"], "bytes_down": traffic["down"]}
+        stages = {**cost["stages"], "evaluate_seconds": time.perf_counter() - started}
+        summary = {
+            "format_version": SUMMARY_VERSION,
+            "recipe": self.recipe.name,
+            "method": method_name(self.recipe.method),
+            "engine": self.recipe.engine,
+            "seed": self.recipe.seed,
+            "rounds": self.recipe.rounds,
+            "wall_seconds": sum(stages.values()),
+            "bytes_up": sum(t["up"] for t in cost["traffic"].values()),
+            "bytes_down": sum(t["down"] for t in cost["traffic"].values()),
+            "heldout_loss": sum(f["heldout_loss"] for f in figures.values()) / len(figures),
+            "versions": versions(),
+            "features": None if self._features is None else {"name": self._features.name},
+            "label_names": list(clients.label_names) or None,
+            "model_parameters": sum(p.numel() for p in self._model.live().values()),
+            "stages": stages,
+            "clients": figures,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def report(self) -> Path:
+        """Write report.html from what the folder holds."""
+        return write_report(self.folder)
+
+    # --- pieces ----------------------------------------------------------------------------------------------
+
+    def _added(self) -> dict[str, str]:
+        path = self.folder / "added.json"
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def _read(self, name: str, folder: Path) -> ClientData:
+        """A new client's images, in the size and channels that the backbone draws."""
+        channels, size, _ = self._model.sample_shape
+        source = image_folder(folder, size=size, channels=channels, on_unreadable=self.recipe.data.on_unreadable)
+        try:
+            return split(
+                Images(source.images.pixels, captions=source.images.captions),
+                self.recipe.data.heldout,
+                stream(self.recipe.seed, "split", name),
+            )
+        except DataError as error:
+            raise DataError(f"client {name!r}: {error}") from error
+
+    def _draw(
+        self, model: UNetDenoiser, name: str, count: int, seed: int | None, unconditional: bool = False
+    ) -> Tensor:
+        options = self.recipe.sampling
+        rng = stream(self.recipe.seed if seed is None else seed, "sample", name)
+        drawn = sample(
+            model,
+            count,
+            rng,
+            sampler=options.sampler,
+            steps=options.steps,
+            guidance=options.guidance,
+            unconditional=unconditional,
+        )
+        return to_bytes(drawn)
+
+    def _figures(self, name: str, role: str, data: ClientData, job: Job) -> dict[str, Any]:
+        """Everything that summary.json says of one client, and its grids in samples/."""
+        evaluation, features, seed = self.recipe.evaluation, self._features, self.recipe.seed
+        reference = Reference(data, features, evaluation.kid_subset_size, evaluation.kid_subsets, seed)
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        classes = features.num_classes if features is not None else None
+        known = [part.labels for part in (data.train, data.heldout) if part.labels is not None]
+        labels = torch.cat(known) if known else None
+        real = label_counts(labels, classes or (int(labels.max()) + 1 if labels is not None else 1))
+
+        def look(model: UNetDenoiser, suffix: str, unconditional: bool) -> dict[str, Any]:
+            drawn = self._draw(model, name, evaluation.num_images, None, unconditional)
+            save_grid(folder / f"{name}{suffix}.png", drawn[:SHOWN], columns=8)
+            counts = (
+                None
+                if features is None or features.classify is None
+                else class_histogram(features, drawn).long().tolist()
+            )
+            loss = denoising_loss(
+                model,
+                data.heldout,
+                grid=evaluation.loss_grid,
+                draws=evaluation.loss_draws,
+                seed=seed,
+                unconditional=unconditional,
+            )
+            return {"drawn": drawn, "counts": counts, "loss": loss, "distance": histogram_figure(counts, real)}
+
+        save_grid(folder / f"{name}-real.png", reference.real[:SHOWN], columns=8)
+        before: dict[str, Any] = {"counts": None, "loss": None, "distance": None}
+        if role == "new":
+            client = job.site.client(name, "before", seed)
+            load_parts(client, self._released.params, {}, seed)
+            before = look(client.model, "-before", unconditional=True)  # type: ignore[arg-type]
+        path = RunFolder(self.folder).personal_path(name)
+        after = look(self.model(name), "", unconditional=False)
+        return {
+            "role": role,
+            "num_images": len(data.train),
+            "num_heldout": len(data.heldout),
+            "labels": real,
+            "sampled_labels": after["counts"],
+            "sampled_labels_before": before["counts"],
+            "heldout_loss": after["loss"],
+            "heldout_loss_before": before["loss"],
+            "histogram_distance": after["distance"],
+            "histogram_distance_before": before["distance"],
+            "kid": None,
+            "kid_std": None,
+            "kid_floor": None,
+            "kid_features": None,
+            "frechet": None,
+            "precision": None,
+            "recall": None,
+            **measure(reference, after["drawn"]),
+            "trained_parameters": load_state(path).num_values(),
+            "bytes_up": 0,
+            "bytes_down": self._released.num_bytes(),
+            "personal_file_bytes": path.stat().st_size,
+        }
+
+
+def _with_client(job: Job, name: str, data: ClientData) -> Job:
+    """The same job with one more client to personalize."""
+    members: Any = job.members
+    population: Population = getattr(members, "members", members)
+    site = dataclasses.replace(population, data={**population.data, name: data}, train=population.train or (name,))
+    return dataclasses.replace(job, site=site)
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Paths as they must stand in a run folder: independent of where the command was called."""
+    data, backbone = recipe.data, recipe.backbone
+    if data.path is not None:
+        data = dataclasses.replace(data, path=str(Path(data.path).resolve()))
+    if backbone.folder is not None:
+        backbone = dataclasses.replace(backbone, folder=str(Path(backbone.folder).resolve()))
+    return dataclasses.replace(recipe, data=data, backbone=backbone)

@@ -1,0 +1,65 @@
+"""What a broken contract looks like, and how two states are compared bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from personae.core import Arrays, State, Update
+
+
+class ContractBroken(AssertionError):
+    """A method or a denoiser does not do what the library relies on. The message says what was expected and found."""
+
+
+def require(kept: bool, contract: str, found: str) -> None:
+    if not kept:
+        raise ContractBroken(f"{contract}; {found}")
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """True for equal shapes, types and bits; -0.0 differs from 0.0, and nan equals itself."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(_bytes(left), _bytes(right))
+
+
+def differing(left: Arrays, right: Arrays) -> list[str]:
+    """Names that only one side has, or whose bits differ."""
+    lonely = left.keys() ^ right.keys()
+    return sorted(lonely | {n for n in left.keys() & right.keys() if not same_bits(left[n], right[n])})
+
+
+def differing_states(left: State, right: State) -> list[str]:
+    """Like `differing`, over params, extras and facts."""
+    facts = [{key: (type(value), value) for key, value in state.facts.items()} for state in (left, right)]
+    return [
+        *differing(left.params, right.params),
+        *(f"extras/{name}" for name in differing(left.extras, right.extras)),
+        *(f"facts/{key}" for key in sorted(facts[0].keys() | facts[1].keys()) if facts[0].get(key) != facts[1].get(key)),
+    ]
+
+
+def differing_updates(left: Update, right: Update) -> list[str]:
+    names = differing_states(left.sent, right.sent)
+    # By their text, since nan is a usual loss of a client that takes no step.
+    if repr((left.num_examples, dict(left.metrics))) != repr((right.num_examples, dict(right.metrics))):
+        names.append("num_examples or metrics")
+    return names
+
+
+def cloned(state: State) -> State:
+    """A copy that nobody else can change."""
+    return State({n: v.clone() for n, v in state.params.items()}, {n: v.clone() for n, v in state.extras.items()},
+                 dict(state.facts))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
