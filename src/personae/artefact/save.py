@@ -93,7 +93,9 @@ def _separate(parts: Mapping[str, Arrays]) -> dict[str, Tensor]:
             storage = value.untyped_storage()
             shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
             seen.add(storage.data_ptr())
-            tensors[prefix + name] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+            tensors[prefix + name] = (
+                value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+            )
     return tensors
 
 

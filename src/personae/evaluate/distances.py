@@ -38,7 +38,7 @@ def kid(
     generated: Tensor,
     real: Tensor,
     *,
-    features: str = "unnamed",
+    features: str,
     subset_size: int | None = None,
     subsets: int = 100,
     seed: int = 0,

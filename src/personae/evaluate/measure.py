@@ -47,17 +47,20 @@ def measure(reference: Reference, drawn: Tensor) -> Mapping[str, Any]:
     real_features, drawn_features = features.extract(reference.real), features.extract(drawn)
     size = min(reference.kid_subset_size, len(reference.real) // 2, len(drawn))
     if size >= 2:
-        found = kid(drawn_features, real_features, subset_size=size, subsets=reference.kid_subsets, seed=reference.seed)
-        figures |= {"kid": found.mean, "kid_std": found.std, "kid_floor": found.floor, "kid_features": features.name}
-        figures |= {"kid_subset_size": size}
-    if len(reference.real) > 3:
+        found = kid(
+            drawn_features,
+            real_features,
+            features=features.name,
+            subset_size=size,
+            subsets=reference.kid_subsets,
+            seed=reference.seed,
+        )
+        figures |= {"kid": found.mean, "kid_std": found.std, "kid_floor": found.floor}
+        figures |= {"kid_features": features.name, "kid_subset_size": size}
+    if min(len(reference.real), len(drawn)) > 3:
         precision, recall = precision_recall(real_features, drawn_features)
-        figures |= {
-            "precision": precision,
-            "recall": recall,
-            "frechet": frechet(drawn_features, real_features),
-            "frechet_features": features.name,
-        }
+        figures |= {"precision": precision, "recall": recall}
+        figures |= {"frechet": frechet(drawn_features, real_features), "frechet_features": features.name}
     return figures
 
 

@@ -180,7 +180,8 @@ def size(value: Any) -> str:
         if abs(value) < 999.5 or unit == "TB":
             break
         value /= 1000
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    digits = 0 if unit == "B" else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} {unit}"
 
 
 def duration(seconds: Any) -> str:
@@ -229,8 +230,8 @@ def _card(name: str, client: Numbers, pictures: Mapping[str, Any], names: Sequen
 
 
 COLUMNS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
-    ("Images", "train", "num_images", count),
-    ("Images", "held out", "num_heldout", count),
+    ("Data", "images", "num_images", count),
+    ("Data", "held out", "num_heldout", count),
     ("Fit", "held-out loss", "heldout_loss", lambda value: number(value, 4)),
     ("Fit", "histogram distance", "histogram_distance", number),
     ("Samples", "KID", "kid", lambda value: number(value, 4)),
@@ -288,13 +289,13 @@ COLOURS = {
 so that charts follow the page into the dark."""
 
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": COLOURS["ink"],
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.parse_math": False, "text.color": COLOURS["ink"],
     "axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["muted"], "axes.titlecolor": COLOURS["ink"],
-    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelsize": 9.5,
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelsize": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": COLOURS["line"], "grid.linewidth": 0.6, "xtick.color": COLOURS["line"], "ytick.color": COLOURS["line"],
     "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"], "xtick.major.size": 0,
-    "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False, "legend.fontsize": 9.5,
+    "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False, "legend.fontsize": 9,
     "svg.fonttype": "path",
 }
 
@@ -320,7 +321,7 @@ def _chart(name: str, width: float, height: float, draw: Callable[[Axes], None],
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{re.sub('[^a-z0-9]', '', name.lower())}-", svg)
     for colour, code in COLOURS.items():
         svg = svg.replace(code, f"var(--{colour})")
-    view = f'<svg class="chart" role="img" aria-label="{Markup.escape(label)}" style="max-width: {width * 96:.0f}px" '
+    view = f'<svg class="chart" role="img" aria-label="{Markup.escape(label)}" style="max-width: {width * 110:.0f}px" '
     svg = re.sub(r'<svg .*?(viewBox=".*?").*?>', lambda found: view + found[1] + ">", svg, count=1, flags=re.DOTALL)
     return Markup(re.sub(r"\s*\n\s*", "\n", svg))
 
@@ -391,13 +392,14 @@ def _loss_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.plot(at, middle, color=COLOURS["after"], linewidth=1.8, marker="o" if len(at) < 4 else None, label="median")
         if min(low) > 0 and max(high) / min(low) > 5:
             _logarithmic(axes)
-        axes.set(xlabel="round", title="Training loss (mean squared error)")
+        scale = ", logarithmic" if axes.get_yscale() == "log" else ""
+        axes.set(xlabel="round", title=f"Training loss (mean squared error{scale})")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.02)
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], loc="upper right")
 
-    return _chart("loss", 5.6, 3.3, draw, "Training loss by round: median and range over clients")
+    return _chart("loss", 5.0, 3.0, draw, "Training loss by round: median and range over clients")
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -428,7 +430,7 @@ def _traffic_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.margins(x=0.02)
         axes.legend(loc="upper left")
 
-    return _chart("traffic", 5.6, 3.3, draw, "Bytes sent and received by all clients, cumulative by round")
+    return _chart("traffic", 5.0, 3.0, draw, "Bytes sent and received by all clients, cumulative by round")
 
 
 def _dots(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[str, Numbers]) -> Markup | None:
@@ -454,4 +456,4 @@ def _dots(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[str, 
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    return _chart(f"dots{key}", 5.6, 0.9 + 0.27 * max(len(rows), 3), draw, f"{title}, client by client")
+    return _chart(f"dots{key}", 5.0, 0.8 + 0.27 * max(len(rows), 3), draw, f"{title}, client by client")

@@ -217,7 +217,9 @@ def _explain(kind: type, where: str, problem: Any) -> str:
 
 def _dataclass_in(hint: Any) -> type:
     """The dataclass that a hint is or allows beside None."""
-    return next(part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part))
+    return next(
+        part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part)
+    )
 
 
 def _nearest(word: str, valid: Any) -> str:

@@ -20,7 +20,6 @@ from personae.core import ClientData, Images, Job, Round, State, ignore, stream
 from personae.data import image_folder, split
 from personae.engine import ENGINES
 from personae.engine.in_process import load_parts, personalize_one
-from personae.engine.population import Population
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
@@ -112,15 +111,30 @@ class SavedRun:
     def _model(self) -> UNetDenoiser:
         """The one model in memory; every client's parts are loaded into it."""
         torch.set_num_threads(self.recipe.machine.threads)
-        path = self.folder / "model.json"
+        return build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
+
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        """What the training images look like, kept in the folder so that a new client needs none of them."""
+        path = self.folder / "images.json"
         if not path.is_file():
-            write_json(path, {"sample_shape": self._clients.sample_shape})
-        return build_denoiser(self.recipe, tuple(read_json(path)["sample_shape"]))
+            shape, names = self._clients.sample_shape, self._clients.label_names
+            write_json(path, {"sample_shape": shape, "label_names": names})
+        return dict(read_json(path))
+
+    @property
+    def _label_names(self) -> list[str]:
+        return list(self._images["label_names"])
 
     @cached_property
     def job(self) -> Job:
         """What an engine needs to carry this run."""
         return build_job(self.recipe, self._clients, self._model, self.folder)
+
+    def _job_of(self, name: str, data: ClientData) -> Job:
+        """The same method for one client alone, without anybody else's images."""
+        clients = Clients({name: data}, (name,), (), ())
+        return build_job(dataclasses.replace(self.recipe, cohort=None), clients, self._model, self.folder)
 
     @cached_property
     def _released(self) -> State:
@@ -151,19 +165,17 @@ class SavedRun:
         Nothing is uploaded, and the shared model keeps its bits.
         Raises: ConfigError, when the name is taken or unusable; DataError, for the images.
         """
-        clients, job = self._clients, self.job
-        if name in self.clients or name in clients.data:
+        if name in self.clients:
             raise ConfigError(f"client {name!r} exists in {self.folder}; choose another --name")
         if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
             raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
         own = self._read(name, Path(data))
-        joined = _with_client(job, name, own)
-        personal = personalize_one(joined, self._released, State(), name)
+        personal = personalize_one(self._job_of(name, own), self._released, State(), name)
         backbone = read_metadata(self.folder / "server.safetensors")["backbone"]
         RunFolder(self.folder).save_personal(name, personal, backbone)
         added = {**self._added(), name: str(Path(data).resolve())}
         write_json(self.folder / "added.json", added)
-        return self._figures(name, "new", own, joined)
+        return self._figures(name, "new", own)
 
     def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
         """What this client's personal model draws, uint8 [num_images, C, H, W].
@@ -197,7 +209,7 @@ class SavedRun:
 
     def evaluate(self, *, watch: Watch = ignore) -> dict[str, Any]:
         """Measure every client, write sample grids and summary.json. Returns the summary."""
-        clients, job = self._clients, self.job
+        clients = self._clients
         started = time.perf_counter()
         roles = dict.fromkeys(clients.train, "train") | dict.fromkeys(clients.new, "new")
         data = dict(clients.data)
@@ -205,22 +217,10 @@ class SavedRun:
             roles[name], data[name] = "new", self._read(name, Path(path))
         figures: dict[str, Any] = {}
         for name, role in roles.items():
-            figures[name] = self._figures(name, role, data[name], _with_client(job, name, data[name]))
-            watch(
-                Round(
-                    "evaluate",
-                    job.rounds,
-                    job.rounds,
-                    name,
-                    len(figures),
-                    len(roles),
-                    float("nan"),
-                    0,
-                    0,
-                    time.perf_counter() - started,
-                    len(figures) == len(roles),
-                )
-            )
+            figures[name] = self._figures(name, role, data[name])
+            seconds, done = time.perf_counter() - started, len(figures) == len(roles)
+            nan, rounds = float("nan"), self.recipe.rounds
+            watch(Round("evaluate", rounds, rounds, name, len(figures), len(roles), nan, 0, 0, seconds, done))
         cost = read_json(self.folder / "cost.json")
         for name, figure in figures.items():
             traffic = cost["traffic"].get(name, {"up": 0, "down": self._released.num_bytes()})
@@ -239,7 +239,7 @@ class SavedRun:
             "heldout_loss": sum(f["heldout_loss"] for f in figures.values()) / len(figures),
             "versions": versions(),
             "features": None if self._features is None else {"name": self._features.name},
-            "label_names": list(clients.label_names) or None,
+            "label_names": self._label_names or None,
             "model_parameters": sum(p.numel() for p in self._model.live().values()),
             "stages": stages,
             "clients": figures,
@@ -286,25 +286,22 @@ class SavedRun:
         )
         return to_bytes(drawn)
 
-    def _figures(self, name: str, role: str, data: ClientData, job: Job) -> dict[str, Any]:
+    def _figures(self, name: str, role: str, data: ClientData) -> dict[str, Any]:
         """Everything that summary.json says of one client, and its grids in samples/."""
         evaluation, features, seed = self.recipe.evaluation, self._features, self.recipe.seed
         reference = Reference(data, features, evaluation.kid_subset_size, evaluation.kid_subsets, seed)
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        classes = features.num_classes if features is not None else None
         known = [part.labels for part in (data.train, data.heldout) if part.labels is not None]
         labels = torch.cat(known) if known else None
-        real = label_counts(labels, classes or (int(labels.max()) + 1 if labels is not None else 1))
+        # The classifier's classes are the data set's own only if it was made for it.
+        classify = features is not None and features.num_classes == len(self._label_names)
+        real = label_counts(labels, len(self._label_names))
 
         def look(model: UNetDenoiser, suffix: str, unconditional: bool) -> dict[str, Any]:
             drawn = self._draw(model, name, evaluation.num_images, None, unconditional)
             save_grid(folder / f"{name}{suffix}.png", drawn[:SHOWN], columns=8)
-            counts = (
-                None
-                if features is None or features.classify is None
-                else class_histogram(features, drawn).long().tolist()
-            )
+            counts = class_histogram(features, drawn).tolist() if features is not None and classify else None
             loss = denoising_loss(
                 model,
                 data.heldout,
@@ -318,9 +315,9 @@ class SavedRun:
         save_grid(folder / f"{name}-real.png", reference.real[:SHOWN], columns=8)
         before: dict[str, Any] = {"counts": None, "loss": None, "distance": None}
         if role == "new":
-            client = job.site.client(name, "before", seed)
+            client = self._job_of(name, data).site.client(name, "before", seed)
             load_parts(client, self._released.params, {}, seed)
-            before = look(client.model, "-before", unconditional=True)  # type: ignore[arg-type]
+            before = look(self._model, "-before", unconditional=True)
         path = RunFolder(self.folder).personal_path(name)
         after = look(self.model(name), "", unconditional=False)
         return {
@@ -347,14 +344,6 @@ class SavedRun:
             "bytes_down": self._released.num_bytes(),
             "personal_file_bytes": path.stat().st_size,
         }
-
-
-def _with_client(job: Job, name: str, data: ClientData) -> Job:
-    """The same job with one more client to personalize."""
-    members: Any = job.members
-    population: Population = getattr(members, "members", members)
-    site = dataclasses.replace(population, data={**population.data, name: data}, train=population.train or (name,))
-    return dataclasses.replace(job, site=site)
 
 
 def _absolute(recipe: Recipe) -> Recipe:

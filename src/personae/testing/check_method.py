@@ -38,8 +38,8 @@ def check_method(method: Method, population: Population | None = None, *, alone:
     - `aggregate` leaves its arguments alone, remembers nothing, and ignores the order of the updates;
     - `local` leaves its arguments alone and remembers nothing;
     - every state survives being written and read;
-    - `personalize` sends nothing, changes nothing, and returns what a model can be loaded with: personal names only, where
-      the method has any;
+    - `personalize` sends nothing, changes nothing, and returns what a model can be loaded with: personal names only,
+      where the method has any;
     - the same seed gives the same bits;
     - a run that is stopped and resumed ends in the bits of one that was not;
     - with `alone`: one client alone trains as if there were no server. Ask it of methods that say so.
@@ -59,7 +59,7 @@ def check_method(method: Method, population: Population | None = None, *, alone:
 
 
 def nothing_personal_is_sent(method: Method, population: Population) -> None:
-    """Looks at the first round, and at the second with every personal number replaced by one that is unlike any other."""
+    """Looks at the first round, and at the second with every personal number replaced by one unlike any other."""
     method = deepcopy(method)
     server, kept = method.init(population.initial(SEED)), dict[str, State]()
     for number in (1, 2):
@@ -68,7 +68,7 @@ def nothing_personal_is_sent(method: Method, population: Population) -> None:
             before = _poisoned(kept.get(name, State()), method, name)
             got, client = method.broadcast(server, name), population.client(name, number, SEED)
             load_parts(client, got.params, before.params, SEED)
-            owned = [pick(client.model.params(), method.personal)]
+            owned: list[Arrays] = [pick(client.model.params(), method.personal)]
             update, kept[name] = method.local(client, got, before)
             owned += [pick(client.model.params(), method.personal), _personal_tensors(kept[name], method)]
             _refuse_leaks(method, update, owned)
@@ -85,15 +85,21 @@ def others_leave_nothing_behind(method: Method, population: Population) -> None:
         _local(later, population, server, states, first, number)
         after = _local(later, population, server, states, second, number)
         names = differing_updates(alone[0], after[0]) + differing_states(alone[1], after[1])
-        require(not names, "a client gets the same bits whoever worked before it",
-                f"after client {first!r}, {second!r} differs in {some(names)}: something of {first!r} was left over")
+        require(
+            not names,
+            "a client gets the same bits whoever worked before it",
+            f"after client {first!r}, {second!r} differs in {some(names)}: something of {first!r} was left over",
+        )
     for newcomer in population.new:
         lonely, later = deepcopy(method), deepcopy(method)
         by_itself = _personalize(lonely, population, server, State(), newcomer)
         _personalize(later, population, server, kept[first], first)
         names = differing_states(by_itself, _personalize(later, population, server, State(), newcomer))
-        require(not names, "a client gets the same bits whoever worked before it",
-                f"after client {first!r} personalized, {newcomer!r} differs in {some(names)}")
+        require(
+            not names,
+            "a client gets the same bits whoever worked before it",
+            f"after client {first!r} personalized, {newcomer!r} differs in {some(names)}",
+        )
 
 
 def aggregate_leaves_its_arguments_alone(method: Method, population: Population) -> None:
@@ -105,7 +111,11 @@ def aggregate_leaves_its_arguments_alone(method: Method, population: Population)
     require(not names, "`aggregate` leaves its arguments alone", f"the server's state changed in {some(names)}")
     for before, update in zip(sent_before, updates, strict=True):
         names = differing_states(before, update.sent)
-        require(not names, "`aggregate` leaves its arguments alone", f"the update of {update.client!r} changed in {some(names)}")
+        require(
+            not names,
+            "`aggregate` leaves its arguments alone",
+            f"the update of {update.client!r} changed in {some(names)}",
+        )
 
 
 def aggregate_remembers_nothing(method: Method, population: Population) -> None:
@@ -113,17 +123,24 @@ def aggregate_remembers_nothing(method: Method, population: Population) -> None:
     server, updates = _a_round(method, population)
     first = method.aggregate(server, Arriving(iter(updates), mean))
     names = differing_states(first, method.aggregate(server, Arriving(iter(updates), mean)))
-    require(not names, "`aggregate` remembers nothing: the same arguments give the same bits",
-            f"the second call differs in {some(names)}; what must outlive a round belongs in the server's State")
+    require(
+        not names,
+        "`aggregate` remembers nothing: the same arguments give the same bits",
+        f"the second call differs in {some(names)}; what must outlive a round belongs in the server's State",
+    )
 
 
 def aggregate_ignores_arrival_order(method: Method, population: Population) -> None:
     server, updates = _a_round(deepcopy(method), population)
-    sorted_, reversed_ = (deepcopy(method).aggregate(server, Arriving(iter(order), mean)) for order in (updates, updates[::-1]))
-    require(_near(sorted_.params, reversed_.params) and _near(sorted_.extras, reversed_.extras)
-            and dict(sorted_.facts) == dict(reversed_.facts),
-            "`aggregate` ignores the order in which updates arrive",
-            f"reversed, the server differs in {some(differing_states(sorted_, reversed_))} by more than rounding")
+    orders = (updates, updates[::-1])
+    sorted_, reversed_ = (deepcopy(method).aggregate(server, Arriving(iter(order), mean)) for order in orders)
+    require(
+        _near(sorted_.params, reversed_.params)
+        and _near(sorted_.extras, reversed_.extras)
+        and dict(sorted_.facts) == dict(reversed_.facts),
+        "`aggregate` ignores the order in which updates arrive",
+        f"reversed, the server differs in {some(differing_states(sorted_, reversed_))} by more than rounding",
+    )
 
 
 def local_is_a_function(method: Method, population: Population) -> None:
@@ -133,19 +150,29 @@ def local_is_a_function(method: Method, population: Population) -> None:
     got_before, kept_before = cloned(method.broadcast(server, name)), cloned(kept[name])
     first = _local(method, population, server, kept, name, 2)
     names = differing_states(got_before, method.broadcast(server, name)) + differing_states(kept_before, kept[name])
-    require(not names, "`local` leaves its arguments alone", f"what client {name!r} got or kept changed in {some(names)}")
+    require(
+        not names, "`local` leaves its arguments alone", f"what client {name!r} got or kept changed in {some(names)}"
+    )
     second = _local(method, population, server, kept, name, 2)
     names = differing_updates(first[0], second[0]) + differing_states(first[1], second[1])
-    require(not names, "`local` remembers nothing: the same client in the same state gives the same bits",
-            f"the second call differs in {some(names)}; what must outlive a round belongs in the State that it returns")
+    require(
+        not names,
+        "`local` remembers nothing: the same client in the same state gives the same bits",
+        f"the second call differs in {some(names)}; what must outlive a round belongs in the State that it returns",
+    )
 
 
 def states_survive_files(method: Method, population: Population) -> None:
     method = deepcopy(method)
     server, kept = _after_one_round(method, population)
     name = min(population.train)
-    states = {"the server's state": server, "what a client keeps": kept[name], "what is broadcast": method.broadcast(server, name),
-              "what is released": method.release(server), "what a client personalizes to": _personalize(method, population, server, kept[name], name)}
+    states = {
+        "the server's state": server,
+        "what is broadcast": method.broadcast(server, name),
+        "what a client keeps": kept[name],
+        "what is released": method.release(server),
+        "what a client samples with": _personalize(method, population, server, kept[name], name),
+    }
     with tempfile.TemporaryDirectory() as folder:
         for what, state in states.items():
             save_state(Path(folder) / "state.safetensors", state)
@@ -163,19 +190,31 @@ def personalize_only_returns(method: Method, population: Population) -> None:
         client = population.client(name, "personalize", SEED)
         load_parts(client, released.params, own.params, SEED)
         personal = method.personalize(client, released, own)
-        require(isinstance(personal, State), "`personalize` sends nothing: it returns one State",
-                f"for {name!r} it returned a {type(personal).__name__}")
+        require(
+            isinstance(personal, State),
+            "`personalize` sends nothing: it returns one State",
+            f"for {name!r} it returned a {type(personal).__name__}",
+        )
         changed = differing_states(released_before, released) + differing_states(own_before, own)
         require(not changed, "`personalize` leaves its arguments alone", f"for {name!r} it changed {some(changed)}")
         foreign = sorted(n for n in personal.params if any(map(method.personal, names)) and not method.personal(n))
-        require(not foreign, "a method with a personal part personalizes that part only",
-                f"for {name!r} it also returned {some(foreign)}")
+        require(
+            not foreign,
+            "a method with a personal part personalizes that part only",
+            f"for {name!r} it also returned {some(foreign)}",
+        )
         lost = sorted(names - personal.params.keys() - released.params.keys())
-        require(not lost, "what was released and what is personal make a whole model", f"for {name!r}, {some(lost)} is in neither")
+        require(
+            not lost,
+            "what was released and what is personal make a whole model",
+            f"for {name!r}, neither has {some(lost)}",
+        )
         try:
             client.model.load({**released.params, **personal.params})
         except Exception as error:
-            raise ContractBroken(f"what `personalize` returns can be loaded; for {name!r} it was refused: {error}") from error
+            raise ContractBroken(
+                f"what `personalize` returns can be loaded; for {name!r} it cannot: {error}"
+            ) from error
 
 
 def same_seed_same_bits(method: Method, population: Population) -> None:
@@ -201,8 +240,12 @@ def stop_and_resume_changes_nothing(method: Method, population: Population) -> N
         except Stop:
             resumed = InProcess().run(replace(job, method=deepcopy(method)), resume=True)
         names = _differing_runs(whole, resumed)
-    require(not names, "stopping and resuming changes nothing", f"the resumed run differs in {some(names)}; what outlives a "
-            "round belongs in a State, and every draw comes from the client's generator")
+    require(
+        not names,
+        "stopping and resuming changes nothing",
+        f"the resumed run differs in {some(names)}; "
+        "what outlives a round belongs in a State, and every draw comes from the client's generator",
+    )
 
 
 def alone_is_local_training(method: Method, population: Population) -> None:
@@ -213,8 +256,11 @@ def alone_is_local_training(method: Method, population: Population) -> None:
         trained = population.model.params()
         server = method.aggregate(server, Arriving(iter([update]), mean))
         names = differing({**method.broadcast(server, name).params, **kept[name].params}, trained)
-        require(not names, "one client alone trains as if there were no server",
-                f"round {number + 1} would not start where round {number} ended, in {some(names)}")
+        require(
+            not names,
+            "one client alone trains as if there were no server",
+            f"round {number + 1} would not start where round {number} ended, in {some(names)}",
+        )
 
 
 CONTRACTS: Sequence[Callable[[Method, Population], None]] = (
@@ -271,11 +317,12 @@ def _poisoned(kept: State, method: Method, name: str) -> State:
     """What is kept, with fresh numbers in every personal tensor."""
     rng = stream(SEED, "poison", name)
     shared, own = divide(kept.params, method.personal)
-    return replace(kept, params={**shared, **{n: torch.randn(v.shape, generator=rng).to(v.dtype) for n, v in own.items()}})
+    poison = {n: torch.randn(v.shape, generator=rng).to(v.dtype) for n, v in own.items()}
+    return replace(kept, params={**shared, **poison})
 
 
 def _personal_tensors(kept: State, method: Method) -> Arrays:
-    """Personal parameters, and what is kept about them: "moments.exp_avg.embedding.weight" is about "embedding.weight"."""
+    """Personal parameters, and extras about them, as "moments.exp_avg.embedding.weight" is about "embedding.weight"."""
     own = pick(kept.params, method.personal)
     return {**own, **pick(kept.extras, lambda name: name.endswith(tuple(own)))}
 
@@ -283,7 +330,11 @@ def _personal_tensors(kept: State, method: Method) -> Arrays:
 def _refuse_leaks(method: Method, update: Update, owned: Sequence[Arrays]) -> None:
     tensors = {**update.sent.params, **{f"extras/{name}": value for name, value in update.sent.extras.items()}}
     by_name = sorted(name for name in tensors if method.personal(name.removeprefix("extras/")))
-    require(not by_name, "nothing personal is sent", f"client {update.client!r} sent {some(by_name)}, which `personal` claims")
+    require(
+        not by_name,
+        "nothing personal is sent",
+        f"client {update.client!r} sent {some(by_name)}, which `personal` claims",
+    )
     scalars = [float(v) for v in (*update.sent.facts.values(), *update.metrics.values()) if isinstance(v, int | float)]
     told = torch.tensor(scalars, dtype=torch.float64)
     for arrays in owned:
@@ -293,10 +344,16 @@ def _refuse_leaks(method: Method, update: Update, owned: Sequence[Arrays]) -> No
             if len(numbers) < 2:
                 continue
             for carrier, sent in tensors.items():
-                require(not torch.isin(numbers, sent.detach().double()).all(), "nothing personal is sent",
-                        f"client {update.client!r} sent the values of {name} under the name {carrier}")
-            require(not torch.isin(numbers, told).any(), "nothing personal is sent",
-                    f"client {update.client!r} sent values of {name} among its facts or metrics")
+                require(
+                    not torch.isin(numbers, sent.detach().double()).all(),
+                    "nothing personal is sent",
+                    f"client {update.client!r} sent the values of {name} under the name {carrier}",
+                )
+            require(
+                not torch.isin(numbers, told).any(),
+                "nothing personal is sent",
+                f"client {update.client!r} sent values of {name} among its facts or metrics",
+            )
 
 
 def _telling(value: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ def differing(left: Arrays, right: Arrays) -> list[str]:
 
 def differing_states(left: State, right: State) -> list[str]:
     """Like `differing`, over params, extras and facts."""
-    facts = [{key: (type(value), value) for key, value in state.facts.items()} for state in (left, right)]
+    one, other = ({key: (type(value), value) for key, value in state.facts.items()} for state in (left, right))
     return [
         *differing(left.params, right.params),
         *(f"extras/{name}" for name in differing(left.extras, right.extras)),
-        *(f"facts/{key}" for key in sorted(facts[0].keys() | facts[1].keys()) if facts[0].get(key) != facts[1].get(key)),
+        *(f"facts/{key}" for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)),
     ]
 
 
@@ -52,8 +52,11 @@ def differing_updates(left: Update, right: Update) -> list[str]:
 
 def cloned(state: State) -> State:
     """A copy that nobody else can change."""
-    return State({n: v.clone() for n, v in state.params.items()}, {n: v.clone() for n, v in state.extras.items()},
-                 dict(state.facts))
+    return State(
+        {n: v.clone() for n, v in state.params.items()},
+        {n: v.clone() for n, v in state.extras.items()},
+        dict(state.facts),
+    )
 
 
 def some(names: Sequence[str]) -> str:

@@ -24,10 +24,13 @@ def tiny_population(
     """
     train = [f"c{k}" for k in range(num_clients)]
     new = [f"n{k}" for k in range(num_new)]
-    data = {
-        name: ClientData(_bumps(num_examples + 4 * k, (k + 1) / (len(train + new) + 1), seed, name), _bumps(8, 0.5, seed, name))
-        for k, name in enumerate(train + new)
-    }
+    data = {}
+    for k, name in enumerate(train + new):
+        share = (k + 1) / (len(train + new) + 1)
+        data[name] = ClientData(
+            _bumps(num_examples + 4 * k, share, stream(seed, "tiny", name, "train")),
+            _bumps(8, share, stream(seed, "tiny", name, "heldout")),
+        )
     model = MLPDenoiser((2,), schedule(20, clip_sample=False), width=16, num_blocks=1, embedding_width=4)
     return Population(model, data, train, new, cohort_size)
 
@@ -47,9 +50,8 @@ def tiny_job(
     return Job(method, population, population, rounds, seed, rule, folder=folder, checkpoint_every=checkpoint_every)
 
 
-def _bumps(num_examples: int, share: float, seed: int, name: str) -> Images:
+def _bumps(num_examples: int, share: float, rng: torch.Generator) -> Images:
     """Shapes: pixels float32 [num_examples, 2]. `share` of them lie on the right."""
-    rng = stream(seed, "tiny", name)
     points = torch.randn(num_examples, 2, generator=rng) * 0.3
     right = torch.arange(num_examples) < share * num_examples
     points[:, 0] += torch.where(right, 2.0, -2.0)
