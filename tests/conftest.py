@@ -1,6 +1,83 @@
 """What every test stands on."""
 
+import pytest
 import torch
 
 # One thread: sums come out the same on every machine, and two processors are not fought over.
 torch.set_num_threads(1)
+
+TINY = (
+    "rounds=2",
+    "cohort=2",
+    "data.partition.num_clients=5",
+    "data.partition.num_new=1",
+    "method.adapt.steps=2",
+    "sampling.steps=2",
+    "evaluation.num_images=8",
+    "evaluation.loss_grid=2",
+    "evaluation.loss_draws=1",
+    "evaluation.kid_subsets=2",
+    "machine.threads=1",
+)
+"""Overrides that make a few seconds of the quickstart."""
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The overrides themselves, for tests that run something of their own."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run of the quickstart, made once. Only read it: `copy_of` gives one that may be changed."""
+    import personae
+
+    return personae.run("quickstart", tmp_path_factory.mktemp("tiny") / "run", overrides=TINY)
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A function from a run to the path of its copy."""
+    import shutil
+
+    def copied(run, name="copy"):
+        return shutil.copytree(run.folder, tmp_path / name)
+
+    return copied
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of six grey pictures, as somebody new may bring them."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "photos" / "anna"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """A function that does what the console script does, in this process: (exit code, stdout, stderr)."""
+    import signal
+    import sys
+
+    from personae.cli import app
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["personae", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    yield call
+    signal.signal(signal.SIGINT, before)

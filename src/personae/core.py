@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ Select = Callable[[str], bool]
 Cond = Any
 """What a denoiser is told beside x_t and t. Only the denoiser that made it looks inside."""
 
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
+
+T = TypeVar("T")
 
 # --- questions about names ---------------------------------------------------------------------------------------
 
@@ -191,7 +195,7 @@ class Training:
     steps: int
     lr: float
     batch_size: int
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: OptimizerName = "adam"
     weight_decay: float = 0.0
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
@@ -304,17 +308,22 @@ Loss = Callable[[Denoiser, Noised], Tensor]
 Penalty = Callable[[Denoiser, Noised], Tensor]
 
 
-def constant(value: float) -> Callable[[str], float]:
+def constant(value: T) -> Callable[[str], T]:
     return lambda name: value
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How local training is bent: what may move, what is added to the loss, a factor on the learning rate by name."""
+    """How local training is bent.
+
+    What may move, what is added to the loss, and by name: a factor on the learning rate, and another optimizer than the
+    Training's (None: the Training's).
+    """
 
     may_move: Select = everything
     penalties: tuple[Penalty, ...] = ()
     rate: Callable[[str], float] = constant(1.0)
+    optimizer: Callable[[str], OptimizerName | None] = constant(None)
     loss: Loss | None = None
 
 

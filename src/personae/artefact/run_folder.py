@@ -24,7 +24,9 @@ from typing import Any
 
 from personae.artefact.save import (
     FORMAT_VERSION,
+    PARTIAL,
     explained,
+    json_text,
     load_state,
     read_json,
     read_metadata,
@@ -48,14 +50,19 @@ class RunFolder:
 
     # --- opening ---------------------------------------------------------------------------------------------
 
-    def create(self) -> None:
-        """Raises: ArtefactError, when the folder exists and is not empty, or cannot be made."""
-        with explained(self.path, "creating"):
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def refuse_existing(self) -> None:
+        """Raises: ArtefactError, when the folder exists and holds a file."""
+        with explained(self.path, "reading"):
+            if self.path.exists() and (not self.path.is_dir() or _holds_files(self.path)):
                 raise ArtefactError(
                     f"{self.path} exists; nothing was overwritten. Choose another folder with --out, or continue it "
                     f"with: personae resume {self.path}"
                 )
+
+    def create(self) -> None:
+        """Raises: ArtefactError, when the folder exists and holds a file, or cannot be made."""
+        self.refuse_existing()
+        with explained(self.path, "creating"):
             for folder in ("clients", "checkpoint/clients"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         self.hold()
@@ -79,7 +86,7 @@ class RunFolder:
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         with explained(self.path / "rounds.jsonl", "writing"), open(self.path / "rounds.jsonl", "a") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+            file.write(json_text(record) + "\n")
 
     def rounds(self, upto: int) -> list[dict[str, Any]]:
         """The records of rounds 1..upto. A line cut short by a kill belongs to a later round and is left out."""
@@ -177,3 +184,8 @@ class RunFolder:
 
     def is_complete(self) -> bool:
         return (self.path / "cost.json").is_file()
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether anything would be lost. What a start that failed at once leaves behind does not count."""
+    return any(not path.is_dir() and path.name != ".lock" and path.suffix != PARTIAL for path in folder.rglob("*"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,8 +63,22 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write `json_text` atomically. Raises: ArtefactError."""
+    write_bytes(path, (json_text(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +97,17 @@ def state_bytes(state: State, **about: str) -> bytes:
         "format_version": str(FORMAT_VERSION),
         "facts": json.dumps(dict(state.facts)),
     }
-    return save(_separate({"params/": state.params, "extras/": state.extras}), metadata={**about, **metadata})
+    return _ordered(save(_separate({"params/": state.params, "extras/": state.extras}), metadata={**about, **metadata}))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its metadata in order of names, which safetensors leaves to chance: equal states, equal bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[end:]])
 
 
 def _separate(parts: Mapping[str, Arrays]) -> dict[str, Tensor]:

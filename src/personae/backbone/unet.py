@@ -133,7 +133,7 @@ class UNetDenoiser(nn.Module):
             self._vectors = None
 
     def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
-        seed = int(torch.randint(2**31, (1,), generator=rng))
+        seed = int(torch.randint(2**27, (1,), generator=rng))  # wider ranges are drawn differently before torch 2.7
         values = dict(self.part.initial(rng)) if self.part is not None else {}
         for name, head in self.embedding_heads.named_parameters():
             # Zero heads would pass no gradient to the embedding; unit variance is that of the random codes.

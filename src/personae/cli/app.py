@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 image
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -35,9 +34,9 @@ def entry(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from personae import __version__
 
-        print(installed("personae"))
+        print(__version__)
         raise typer.Exit
 
 
@@ -57,7 +56,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or ())
     folder = out if out is not None else Path("runs") / loaded.name
-    with Progress(f"personae resume {folder}", quiet=as_json) as watch:
+    with Progress(folder, "resume", quiet=as_json) as watch:
         saved = train(loaded, folder, watch=watch)
     _finished(saved, as_json)
 
@@ -68,7 +67,7 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
     from personae.cli.progress import Progress
     from personae.recipe.workflow import resume as continue_run
 
-    with Progress(f"personae resume {run}", quiet=as_json) as watch:
+    with Progress(run, "resume", quiet=as_json) as watch:
         saved = continue_run(run, watch=watch)
     _finished(saved, as_json)
 
@@ -135,7 +134,7 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
     from personae.recipe.workflow import open_run
 
     saved = open_run(run)
-    with Progress(f"personae evaluate {run}", quiet=as_json) as watch:
+    with Progress(run, "evaluate", quiet=as_json) as watch:
         summary = saved.evaluate(watch=watch)
     _print(as_json, summary, [*_table(summary), f"wrote {saved.folder / 'summary.json'}"])
 
@@ -204,8 +203,9 @@ def _table(summary: dict[str, Any]) -> list[str]:
     for role, title in (("train", "training clients"), ("new", "new clients")):
         chosen = {name: c for name, c in summary["clients"].items() if c["role"] == role}
         if chosen:
-            loss = sum(c["heldout_loss"] for c in chosen.values()) / len(chosen)
-            lines.append(f"{len(chosen)} {title}: held-out loss {loss:.4f}{_distances(list(chosen.values()))}")
+            losses = [c["heldout_loss"] for c in chosen.values() if c["heldout_loss"] is not None]
+            loss = f"{sum(losses) / len(losses):.4f}" if losses else "unknown"
+            lines.append(f"{len(chosen)} {title}: held-out loss {loss}{_distances(list(chosen.values()))}")
     for name, c in list(summary["clients"].items()):
         if c["role"] == "new":
             lines.append(
@@ -225,7 +225,9 @@ def _distances(chosen: list[dict[str, Any]]) -> str:
 
 
 def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
-    print(json.dumps(value, indent=2, default=str) if as_json else "\n".join(lines))
+    from personae.artefact.save import json_text
+
+    print(json_text(value, indent=2) if as_json else "\n".join(lines))
 
 
 def main() -> None:

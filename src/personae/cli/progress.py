@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from personae.core import Round
@@ -13,10 +14,10 @@ STAGES = {"train": "training", "personalize": "personalizing", "evaluate": "meas
 
 
 class Progress:
-    """A watcher. `again` is the command that continues, printed when the run is stopped."""
+    """A watcher. When the run in `folder` is stopped, it says that `command` continues it."""
 
-    def __init__(self, again: str, *, quiet: bool = False) -> None:
-        self._again, self._quiet = again, quiet
+    def __init__(self, folder: Path, command: str, *, quiet: bool = False) -> None:
+        self._folder, self._command, self._quiet = folder, command, quiet
         self._live = sys.stderr.isatty()
         self._started: dict[str, tuple[float, float]] = {}
         self._bytes_up = self._bytes_down = 0
@@ -31,7 +32,11 @@ class Progress:
         if self._live and not self._quiet:
             print(file=sys.stderr)
         if kind in (KeyboardInterrupt, SystemExit):
-            print(f"stopped; nothing that was committed is lost. Continue with: {self._again}", file=sys.stderr)
+            if (self._folder / "config.toml").is_file():
+                again = f"personae {self._command} {self._folder}"
+                print(f"stopped; nothing that was committed is lost. Continue with: {again}", file=sys.stderr)
+            else:
+                print("stopped before anything was saved; start again", file=sys.stderr)
 
     def __call__(self, now: Round) -> None:
         if self._quiet:

@@ -8,7 +8,12 @@ from personae.data.mixture import gaussian_mixture
 from personae.data.partition import by_attribute, by_label, dirichlet, iid, split
 from personae.data.sources import Source, digits, fashion, mnist5k
 
-SOURCES: Mapping[str, Callable[..., Source]] = {"digits": digits, "mnist5k": mnist5k, "fashion": fashion, "faces": faces}
+SOURCES: Mapping[str, Callable[..., Source]] = {
+    "digits": digits,
+    "mnist5k": mnist5k,
+    "fashion": fashion,
+    "faces": faces,
+}
 """By the name that a recipe uses."""
 
 __all__ = [

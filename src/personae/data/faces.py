@@ -53,8 +53,11 @@ def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
     if n < 1 or size < 1:
         raise ConfigError(f"n is {n} and size {size}, expected at least 1")
     parts = {name: part.get("variants", {}) for name, part in definition["components"].items()}
-    names = tuple(name for name, (part, start) in ATTRIBUTES.items()
-                  if any(variant.startswith(start) for variant in parts.get(part, ())))
+    names = tuple(
+        name
+        for name, (part, start) in ATTRIBUTES.items()
+        if any(variant.startswith(start) for variant in parts.get(part, ()))
+    )
     if not names:
         raise ConfigError(f'style {style!r} draws none of {", ".join(ATTRIBUTES)}: choose another, such as "pixel-art"')
     odds = {f"{part}Probability": percent for part, percent in PERCENT.items() if part in parts}

@@ -34,7 +34,13 @@ from personae.data.sources import Source
 from personae.errors import ConfigError, DataError
 
 FORMATS = {
-    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
 }
 METADATA = "metadata.jsonl"
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -80,10 +86,16 @@ def client_folders(
             clients[client].append(photo)
         else:
             problems.append(f"{photo.name}: lies beside the client folders; move it into one")
-    problems += [f"client {name!r}: rename the folder, to letters, digits, '.', '_' and '-', with no '.' in front"
-                 for name in names if not SAFE_NAME.fullmatch(name)]
-    problems += [f"client {name!r}: has no image that can be read; add some or remove the folder"
-                 for name in names if not clients[name]]
+    problems += [
+        f"client {name!r}: rename the folder, to letters, digits, '.', '_' and '-', with no '.' in front"
+        for name in names
+        if not SAFE_NAME.fullmatch(name)
+    ]
+    problems += [
+        f"client {name!r}: has no image that can be read; add some or remove the folder"
+        for name in names
+        if not clients[name]
+    ]
     if not names:
         problems.append("no folder; expected one folder of images per client")
     label_names = _label_names(photos, problems)
@@ -116,8 +128,10 @@ def _photos(
 ) -> list[_Photo]:
     """All images that can be read, in order of their paths. Folders at `label_depth` below the root name labels."""
     if size < 1 or channels not in (1, 3) or on_unreadable not in ("error", "skip"):
-        raise ConfigError(f"size is {size}, channels {channels}, on_unreadable {on_unreadable!r}; "
-                          'expected at least 1, 1 or 3, "error" or "skip"')
+        raise ConfigError(
+            f"size is {size}, channels {channels}, on_unreadable {on_unreadable!r}; "
+            'expected at least 1, 1 or 3, "error" or "skip"'
+        )
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give the one that holds the images")
     names, notes = _found(root, label_depth, problems)

@@ -42,8 +42,9 @@ def by_label(labels: Tensor, num_clients: int, classes_per_client: int, rng: tor
     _check_num_clients(num_clients, len(labels))
     classes = labels.unique().tolist()
     if not 1 <= classes_per_client <= len(classes):
-        raise ConfigError(f"classes_per_client is {classes_per_client}, expected 1 to {len(classes)}, "
-                          "the number of classes")
+        raise ConfigError(
+            f"classes_per_client is {classes_per_client}, expected 1 to {len(classes)}, the number of classes"
+        )
     holders: dict[int, list[int]] = {label: [] for label in classes}
     for client in range(num_clients):  # the classes with the fewest holders, ties at random
         order = [classes[i] for i in torch.randperm(len(classes), generator=rng).tolist()]
@@ -85,8 +86,10 @@ def dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: torch.Generat
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ConfigError(f"alpha is {alpha}, expected above 0 and finite")
     if not 0 <= min_images * num_clients <= len(labels):
-        raise ConfigError(f"min_images is {min_images}, expected 0 to {len(labels) // num_clients}: "
-                          f"{num_clients} clients share {len(labels)} images")
+        raise ConfigError(
+            f"min_images is {min_images}, expected 0 to {len(labels) // num_clients}: "
+            f"{num_clients} clients share {len(labels)} images"
+        )
     draw = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=rng)))  # torch's gamma takes no generator
     classes = [_shuffled(labels, label, rng) for label in labels.unique().tolist()]
     for _ in range(MAX_TRIES):
@@ -96,8 +99,10 @@ def dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: torch.Generat
         clients = [torch.cat(client) for client in zip(*parts, strict=True)]
         if min(len(client) for client in clients) >= min_images:
             return _sorted(clients)
-    raise ConfigError(f"alpha {alpha} left a client with fewer than {min_images} images in each of {MAX_TRIES} draws: "
-                      f"raise alpha, lower min_images, or take fewer than {num_clients} clients")
+    raise ConfigError(
+        f"alpha {alpha} left a client with fewer than {min_images} images in each of {MAX_TRIES} draws: "
+        f"raise alpha, lower min_images, or take fewer than {num_clients} clients"
+    )
 
 
 def split(images: Images, heldout: float, rng: torch.Generator) -> ClientData:
@@ -109,8 +114,10 @@ def split(images: Images, heldout: float, rng: torch.Generator) -> ClientData:
     if not 0 < heldout < 1:
         raise ConfigError(f"heldout is {heldout}, expected a share between 0 and 1, such as 0.2")
     if len(images) < 2:
-        raise DataError(f"a client has {len(images)} images, expected at least 2, one to train on and one held out: "
-                        "add images or leave the client out")
+        raise DataError(
+            f"a client has {len(images)} images, expected at least 2, one to train on and one held out: "
+            "add images or leave the client out"
+        )
     num_heldout = min(max(round(len(images) * heldout), 1), len(images) - 1)
     chosen, rest = torch.randperm(len(images), generator=rng).tensor_split([num_heldout])
     return ClientData(images[rest.sort().values], images[chosen.sort().values])
@@ -122,8 +129,10 @@ def _dealt(labels: Tensor, holders: dict[int, list[int]], num_clients: int, rng:
     for label, names in holders.items():
         index = _shuffled(labels, label, rng)
         if len(index) < len(names):
-            raise ConfigError(f"class {label} has {len(index)} images for {len(names)} clients that hold it: "
-                              "take fewer clients or fewer classes per client")
+            raise ConfigError(
+                f"class {label} has {len(index)} images for {len(names)} clients that hold it: "
+                "take fewer clients or fewer classes per client"
+            )
         for client, part in zip(names, index.tensor_split(max(len(names), 1)), strict=False):
             clients[client].append(part)
     return _sorted([torch.cat(parts) for parts in clients])

@@ -22,7 +22,16 @@ from personae.errors import ConfigError, DataError
 
 FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
 FASHION_NAMES = (
-    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
 )
 DIGIT_NAMES = tuple("0123456789")
 
@@ -84,8 +93,10 @@ def fashion(split: str = "train", root: str | Path = FASHION_ROOT, size: int | N
         raise ConfigError(f'split is {split!r}, expected "train" or "test"')
     files = [Path(root) / f"{prefixes[split]}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise ConfigError(f"no file {', '.join(missing)}: apt-get install dataset-fashion-mnist, or give `root`, "
-                          "the folder that holds the four files")
+        raise ConfigError(
+            f"no file {', '.join(missing)}: apt-get install dataset-fashion-mnist, or give `root`, "
+            "the folder that holds the four files"
+        )
     pixels, labels = _idx(files[0], num_axes=3), _idx(files[1], num_axes=1)
     if len(pixels) != len(labels):
         raise DataError(f"{files[0]} holds {len(pixels)} images, {files[1]} {len(labels)} labels: get both anew")
@@ -115,10 +126,13 @@ def _idx(file: Path, num_axes: int) -> Tensor:
         raise DataError(f"{file} is not a whole gzip file ({error}): get it anew") from error
     start = 4 + 4 * num_axes
     if content[:4] != bytes([0, 0, 8, num_axes]) or len(content) < start:
-        raise DataError(f"{file} starts with {content[:4].hex()}, expected 000008{num_axes:02x} and {num_axes} sizes: "
-                        "it is no IDX file of bytes; get it anew")
+        raise DataError(
+            f"{file} starts with {content[:4].hex()}, expected 000008{num_axes:02x} and {num_axes} sizes: "
+            "it is no IDX file of bytes; get it anew"
+        )
     shape = [int(axis) for axis in np.frombuffer(content, ">i4", num_axes, 4)]
     if len(content) - start != math.prod(shape):
-        raise DataError(f"{file} holds {len(content) - start} bytes, expected {math.prod(shape)} for {shape}: "
-                        "get it anew")
+        raise DataError(
+            f"{file} holds {len(content) - start} bytes, expected {math.prod(shape)} for {shape}: get it anew"
+        )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).copy()).reshape(shape)

@@ -32,8 +32,8 @@ class InProcess:
     """Runs a job's clients one after the other, adding their updates up as they finish.
 
     Memory holds one model, one update and one sum, whatever the number of clients. With a folder, the state after each
-    `checkpoint_every` rounds is committed in one rename, so that a kill at any moment loses at most that many rounds, and
-    a resume ends in the same bits. `resume` takes up a folder that exists, from round 0 if nothing was committed.
+    `checkpoint_every` rounds is committed in one rename: a kill at any moment loses at most that many rounds, and a
+    resume ends in the same bits. `resume` takes up a folder that exists, from round 0 if nothing was committed.
     """
 
     def run(self, job: Job, *, resume: bool = False, watch: Callable[[Round], None] = ignore) -> Run:
@@ -83,7 +83,6 @@ def _round(
     clients: dict[str, dict[str, Any]] = {}
 
     def arrive() -> Iterator[Update]:
-        names: Collection[str] | None = None
         for name in cohort:
             update, down = _local(job, store, server, name, number)
             check_update(
@@ -91,10 +90,8 @@ def _round(
                 round=number,
                 personal=job.method.personal,
                 known=server.params,
-                names=names,
                 max_examples=job.max_examples,
             )
-            names = frozenset(update.sent.params) if names is None else names  # a keys view would hold the tensors
             clients[name] = {
                 "loss": update.metrics.get("loss"),
                 "num_examples": update.num_examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from personae.core import Arrays, Client, ClientData, Denoiser, Images, stream
 from personae.errors import ConfigError
 
 POOLED = "pooled"
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""What a client may be called, since files are named after it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Population:
             problems.append("no client takes part in training")
         if len(set(names)) != len(names):
             problems.append(f"names are used twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        if unsafe := [name for name in names if not SAFE_NAME.fullmatch(name)]:
+            problems.append(
+                f"names that cannot be files: {', '.join(map(repr, unsafe))}; use letters, digits, '.', '_' and '-'"
+            )
         if lost := [name for name in names if name not in self.data]:
             problems.append(f"no data for {', '.join(lost)}")
         if self.cohort_size is not None and not 1 <= self.cohort_size <= len(self.train):

@@ -3,52 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from personae.core import Arrays, Select, Update
 from personae.errors import MismatchedNames, PrivacyError, RefusedUpdate
 
 
-def check_update(
-    update: Update, *, round: int, personal: Select, known: Arrays, names: Collection[str] | None, max_examples: int
-) -> None:
-    """Raise unless the update may be added up.
+def check_update(update: Update, *, round: int, personal: Select, known: Arrays, max_examples: int) -> None:
+    """Raise unless the update may be added up. `known` are the server's own parameters: names, shapes and types.
 
-    `known` are the server's own parameters, for shapes and types; `names` is what the round's first client sent.
-
-    Raises: PrivacyError, when a personal name was sent; MismatchedNames, when names differ from the first client's or
-    the server's; RefusedUpdate, for shapes, types, values that are not finite, or an unusable weight.
+    Raises: PrivacyError, when a personal name was sent; MismatchedNames, when names are not the server's;
+    RefusedUpdate, for shapes, types, values that are not finite, or an unusable weight.
     """
-    who = f"client {update.client!r}"
-    private = sorted(name for name in [*update.sent.params, *update.sent.extras] if personal(name.split("/")[-1]))
+    who, sent = f"client {update.client!r}", update.sent
+    private = [name for name in sent.params if personal(name)]
+    private += [name for name in sent.extras if any(personal(part) for part in _endings(name))]
     if private:
         raise PrivacyError(
-            f"{who} was about to send {len(private)} personal tensors: {', '.join(private[:3])} (round {round}). "
-            "Nothing was sent; the method must keep them in the State that `local` returns second."
+            f"{who} was about to send {len(private)} personal tensors: {', '.join(sorted(private)[:3])} (round "
+            f"{round}). Nothing was sent; the method must keep them in the State that `local` returns second."
         )
-    if names is not None and update.sent.params.keys() != set(names):
-        extra, missing = sorted(update.sent.params.keys() - set(names)), sorted(set(names) - update.sent.params.keys())
-        differences = [f"{len(n)} {what}: {', '.join(n[:3])}" for n, what in ((extra, "more"), (missing, "less")) if n]
+    if sent.params.keys() != known.keys():
+        more, less = sorted(sent.params.keys() - known.keys()), sorted(known.keys() - sent.params.keys())
+        found = [
+            f"{len(names)} {what}: {', '.join(names[:3])}" for names, what in ((more, "more"), (less, "less")) if names
+        ]
         raise MismatchedNames(
-            f"{who} sent other names than the round's first client: {'; '.join(differences)} (round {round}). "
+            f"{who} sent other names than the server has: {'; '.join(found)} (round {round}). "
             "All clients of one method send the same names; was this one started with another recipe?"
         )
-    unknown = sorted(update.sent.params.keys() - known.keys())
-    if unknown:
-        raise MismatchedNames(
-            f"{who} sent {len(unknown)} names that the server does not have: {', '.join(unknown[:3])} (round {round})"
-        )
-    for name, value in update.sent.params.items():
+    for name, value in sent.params.items():
         expected = known[name]
         if value.shape != expected.shape or value.dtype != expected.dtype:
             raise RefusedUpdate(
                 f"{who} sent {name} as {value.dtype} {list(value.shape)}, expected {expected.dtype} "
                 f"{list(expected.shape)} (round {round})"
             )
-    for name, value in [*update.sent.params.items(), *update.sent.extras.items()]:
-        if value.is_floating_point() and not torch.isfinite(value).all():
+    for name, value in [*sent.params.items(), *sent.extras.items()]:
+        if value.is_floating_point() and not _finite(value):
             raise RefusedUpdate(
                 f"{who} sent values in {name} that are not finite (round {round}); "
                 "its training diverged: lower the learning rate"
@@ -63,3 +57,14 @@ def check_update(
         raise RefusedUpdate(
             f"{who} claims {weight!r} examples, expected a whole number from 1 to {max_examples} (round {round})"
         )
+
+
+def _endings(name: str) -> list[str]:
+    """The name and every part of it after a dot or slash: "moments.x.embedding.weight" ends in "embedding.weight"."""
+    parts = name.replace("/", ".").split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _finite(value: Tensor) -> bool:
+    """A finite sum proves it in one pass; only a sum that is not may be an overflow of finite values."""
+    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())

@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu, relu6
 
+from personae.artefact.save import load_arrays
 from personae.errors import ArtefactError, ConfigError, ShapeError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -85,7 +85,7 @@ def classifier(name: str) -> Features:
     if name not in NATIVE_SIZES:
         raise ConfigError(f"no classifier is called {name!r}; expected one of {', '.join(NATIVE_SIZES)}")
     net = SmallCNN(NATIVE_SIZES[name])
-    net.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"))
+    net.load_state_dict(load_arrays(WEIGHTS / f"{name}.safetensors"))
     net.eval()
     return Features(
         f"{name}-cnn",

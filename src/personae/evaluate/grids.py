@@ -41,8 +41,11 @@ def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
     count, channels, height, width = images.shape
     scale = scale or max(1, TARGET_WIDTH // (columns * width))
     rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height * scale + GUTTER) - GUTTER, columns * (width * scale + GUTTER) - GUTTER),
-                       SHADE, dtype=torch.uint8)
+    sheet = torch.full(
+        (channels, rows * (height * scale + GUTTER) - GUTTER, columns * (width * scale + GUTTER) - GUTTER),
+        SHADE,
+        dtype=torch.uint8,
+    )
     enlarged = images.detach().cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for index, image in enumerate(enlarged):
         top, left = index // columns * (height * scale + GUTTER), index % columns * (width * scale + GUTTER)

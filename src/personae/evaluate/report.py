@@ -51,11 +51,17 @@ def write_report(folder: Path) -> Path:
     summary = read_json(path)
     if not isinstance(summary, dict) or summary.get("format_version") != FORMAT_VERSION:
         found = summary.get("format_version") if isinstance(summary, dict) else "no version"
-        raise ArtefactError(f"{path} has format version {found}, this version of personae reads {FORMAT_VERSION}; "
-                            "install the version that wrote it")
+        raise ArtefactError(
+            f"{path} has format version {found}, this version of personae reads {FORMAT_VERSION}; "
+            "install the version that wrote it"
+        )
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     templates.filters |= {"number": number, "count": count, "size": size, "duration": duration, "percent": percent}
     page = templates.get_template("report.html.j2").render(_contents(folder, summary))
@@ -74,9 +80,21 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     up_down = [(c.get("bytes_up", 0), c.get("bytes_down", 0)) for record in rounds for c in record["clients"].values()]
     environment = folder / "environment.json"
     return {
-        "about": {key: summary.get(key) for key in
-                  ("recipe", "method", "engine", "seed", "rounds", "wall_seconds", "bytes_up", "bytes_down",
-                   "heldout_loss", "model_parameters")},
+        "about": {
+            key: summary.get(key)
+            for key in (
+                "recipe",
+                "method",
+                "engine",
+                "seed",
+                "rounds",
+                "wall_seconds",
+                "bytes_up",
+                "bytes_down",
+                "heldout_loss",
+                "model_parameters",
+            )
+        },
         "num_train": len(train),
         "num_new": len(new),
         "not_shown": {"train": len(train) - len(shown_train), "new": len(new) - len(shown_new)},
@@ -164,7 +182,8 @@ def number(value: Any, digits: int = 3) -> str:
         return "–"
     if value and abs(value) < 10**-digits:
         mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}×10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}".replace("-", "−")
+        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}×10{raised}".replace("-", "−")
     return f"{value:.{digits}f}".replace("-", "−")
 
 
@@ -208,8 +227,8 @@ def _median(clients: Mapping[str, Numbers], key: str) -> float | None:
 
 def _mean_pair(clients: Mapping[str, Numbers], key: str) -> tuple[float, float] | None:
     """(before, after), over the clients that have both."""
-    pairs = [(c[f"{key}_before"], c[key]) for c in clients.values() if known(c.get(key)) and known(c.get(f"{key}_before"))]
-    return (fmean(before for before, _ in pairs), fmean(after for _, after in pairs)) if pairs else None
+    both = [client for client in clients.values() if known(client.get(f"{key}_before")) and known(client.get(key))]
+    return (fmean(client[f"{key}_before"] for client in both), fmean(client[key] for client in both)) if both else None
 
 
 # --- clients -----------------------------------------------------------------------------------------------------
@@ -221,9 +240,17 @@ def _card(name: str, client: Numbers, pictures: Mapping[str, Any], names: Sequen
     wanted = {"real": f"{name}-real", "before": f"{name}-before", "after" if new else "personal": name}
     return {
         "name": name,
-        "client": {key: client.get(key) for key in
-                   ("num_images", "num_heldout", "histogram_distance", "histogram_distance_before", "heldout_loss",
-                    "heldout_loss_before", "kid", "copy_ratio")},
+        "client": {
+            key: client[key] if known(client.get(key)) else None
+            for key in (
+                "num_images",
+                "num_heldout",
+                "histogram_distance",
+                "histogram_distance_before",
+                "heldout_loss",
+                "heldout_loss_before",
+            )
+        },
         "pictures": [(kind, pictures.get(file)) for kind, file in wanted.items() if new or kind != "before"],
         "bars": _class_bars(name, client, names),
     }
@@ -250,11 +277,15 @@ COLUMNS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 
 
 def _table(
-    shown_train: Mapping[str, Numbers], shown_new: Mapping[str, Numbers], train: Mapping[str, Numbers], new: Mapping[str, Numbers]
+    shown_train: Mapping[str, Numbers],
+    shown_new: Mapping[str, Numbers],
+    train: Mapping[str, Numbers],
+    new: Mapping[str, Numbers],
 ) -> dict[str, Any]:
-    """All numbers of the shown clients, and the median over all of each role. A column that nobody fills is left out."""
+    """Numbers of the shown clients, and the median over all of each role. Columns that nobody fills are left out."""
     columns = [column for column in COLUMNS if _values({**train, **new}, column[2])]
-    groups = list(dict.fromkeys(group for group, *_ in columns))
+    groups = [group for group, *_ in columns]
+    firsts = [index == 0 or groups[index - 1] != group for index, group in enumerate(groups)]
     bodies = []
     for title, shown, everyone in (("New clients", shown_new, new), ("Training clients", shown_train, train)):
         middle = {key: _median(everyone, key) for _, _, key, _ in columns}
@@ -262,8 +293,8 @@ def _table(
         rows = [(name, _cells(client, columns)) for name, client in shown.items()]
         bodies.append((title, rows, (len(everyone), _cells(middle, columns)) if len(everyone) > 1 else None))
     return {
-        "groups": [(group, sum(column[0] == group for column in columns)) for group in groups],
-        "headings": [(heading, heading == next(h for g, h, *_ in columns if g == group)) for group, heading, *_ in columns],
+        "groups": [(group, groups.count(group)) for group in dict.fromkeys(groups)],
+        "headings": [(heading, first) for (_, heading, *_), first in zip(columns, firsts, strict=True)],
         "bodies": [body for body in bodies if body[1]],
     }
 
@@ -282,31 +313,57 @@ def _cells(client: Numbers, columns: Iterable[tuple[str, str, str, Callable[[Any
 # --- charts ------------------------------------------------------------------------------------------------------
 
 COLOURS = {
-    "ink": "#1c2128", "muted": "#5c6671", "line": "#d5dae0",
-    "real": "#8b939c", "before": "#d55e00", "after": "#0072b2", "up": "#00805f", "down": "#a8508a",
+    "ink": "#1c2128",
+    "muted": "#5c6671",
+    "line": "#d5dae0",
+    "real": "#8b939c",
+    "before": "#d55e00",
+    "after": "#0072b2",
+    "up": "#00805f",
+    "down": "#a8508a",
 }
-"""Apart for colour-blind eyes too (after Okabe and Ito). In a chart, each stands for the page's variable of that name,
-so that charts follow the page into the dark."""
+"""Apart for colour-blind eyes too (after Okabe and Ito). In a chart, each becomes the page's variable of that name, so
+that charts follow the page into the dark."""
 
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9.5, "text.parse_math": False, "text.color": COLOURS["ink"],
-    "axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["muted"], "axes.titlecolor": COLOURS["ink"],
-    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelsize": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": COLOURS["line"], "grid.linewidth": 0.6, "xtick.color": COLOURS["line"], "ytick.color": COLOURS["line"],
-    "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"], "xtick.major.size": 0,
-    "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False, "legend.fontsize": 9,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.parse_math": False,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
     "svg.fonttype": "path",
 }
 
 DOTS = {
-    "histogram_distance": "Histogram distance (0 = same class proportions)",
-    "heldout_loss": "Held-out denoising loss (mean squared error)",
+    "histogram_distance": "Histogram distance (0 is equal)",
+    "heldout_loss": "Held-out loss (mean squared error)",
 }
 
 
 def _chart(name: str, width: float, height: float, draw: Callable[[Axes], None], label: str) -> Markup:
-    """Draw one pair of axes, `width` x `height` inches, as SVG that can stand in the page, with its colours as variables."""
+    """Draw one pair of axes, `width` x `height` inches, as SVG for the page, its colours being variables."""
     buffer = StringIO()
     with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a client may be named in any script
@@ -333,29 +390,30 @@ def _class_bars(name: str, client: Numbers, names: Sequence[str]) -> Markup | No
     if not series:
         return None
     classes = max(len(counts) for counts in series.values())
-    new = client.get("role") == "new"
+    labels = [_short(names[i] if i < len(names) else i, 12) for i in range(classes)]
+    longest = max(map(len, labels))
+    step = -(-classes // (20 if longest <= 2 else 12))
+    width, height = (3.9, 2.25) if client.get("role") == "new" else (3.5, 1.65 if longest <= 3 else 2.0)
 
     def draw(axes: Axes) -> None:
-        width = 0.82 / len(series)
+        bar = 0.82 / len(series)
         for index, (kind, counts) in enumerate(series.items()):
-            at = [i + (index - (len(series) - 1) / 2) * width for i in range(len(counts))]
-            axes.bar(at, [100 * n / sum(counts) for n in counts], width * 0.94, color=COLOURS[kind])
-        labels = [_short(names[i] if i < len(names) else i, 12) for i in range(classes)]
-        step = -(-classes // (20 if max(map(len, labels)) <= 2 else 12))
+            at = [i + (index - (len(series) - 1) / 2) * bar for i in range(len(counts))]
+            axes.bar(at, [100 * n / sum(counts) for n in counts], bar * 0.94, color=COLOURS[kind])
         axes.set_xticks(range(0, classes, step), labels[::step])
-        if max(map(len, labels)) > 3:
+        if longest > 3:
             axes.tick_params(axis="x", rotation=40)
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
         axes.grid(visible=False, axis="x")
         axes.spines["left"].set_visible(False)
-        axes.yaxis.set_major_locator(MaxNLocator(3 if new else 2, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.set_xlim(-0.6, classes - 0.4)
         axes.set_xlabel("class")
 
-    return _chart(f"bars-{_key(name)}", 3.9 if new else 3.5, 2.25 if new else 1.65, draw,
-                  f"Class proportions of {name}: {', '.join(series)}")
+    label = f"Class proportions of {name}: {', '.join(series)}"
+    return _chart(f"bars-{_key(name)}", width, height, draw, label)
 
 
 def _key(name: str) -> str:
@@ -389,7 +447,9 @@ def _loss_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     def draw(axes: Axes) -> None:
         axes.fill_between(at, low, high, color=COLOURS["after"], alpha=0.2, linewidth=0, label="range over clients")
-        axes.plot(at, middle, color=COLOURS["after"], linewidth=1.8, marker="o" if len(at) < 4 else None, label="median")
+        axes.plot(
+            at, middle, color=COLOURS["after"], linewidth=1.8, marker="o" if len(at) < 4 else None, label="median"
+        )
         if min(low) > 0 and max(high) / min(low) > 5:
             _logarithmic(axes)
         scale = ", logarithmic" if axes.get_yscale() == "log" else ""
@@ -423,30 +483,34 @@ def _traffic_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     def draw(axes: Axes) -> None:
         scaled = {way: [value / divisor for value in total] for way, total in totals.items()}
-        axes.plot(at, scaled["up"], color=COLOURS["up"], linewidth=4.5, alpha=0.45, label="sent by clients", solid_capstyle="butt")
-        axes.plot(at, scaled["down"], color=COLOURS["down"], linewidth=1.6, linestyle=(0, (4, 2)), label="received by clients")
+        axes.plot(at, scaled["up"], color=COLOURS["up"], linewidth=4.5, alpha=0.45)
+        axes.plot(at, scaled["down"], color=COLOURS["down"], linewidth=1.6, linestyle=(0, (4, 2)))
         axes.set(xlabel="round", title=f"Traffic so far, all clients ({unit})", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.02)
-        axes.legend(loc="upper left")
+        axes.legend(["sent by clients", "received by clients"], loc="upper left")
 
     return _chart("traffic", 5.0, 3.0, draw, "Bytes sent and received by all clients, cumulative by round")
 
 
 def _dots(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[str, Numbers]) -> Markup | None:
     """One line per client: its number, and for a new client where it came from."""
-    rows = [(name, c[key], c.get(f"{key}_before")) for group in (new, train) for name, c in group.items() if known(c.get(key))]
+    rows = [
+        (name, float(client[key]), client.get(f"{key}_before"))
+        for name, client in [*new.items(), *train.items()]
+        if known(client.get(key))
+    ]
     if not rows:
         return None
     num_new = sum(name in new for name, *_ in rows)
 
     def draw(axes: Axes) -> None:
         for line, (_, after, before) in enumerate(rows):
-            if known(before):
-                axes.annotate("", (after, line), (before, line), arrowprops={
-                    "arrowstyle": "-|>", "color": COLOURS["muted"], "linewidth": 1, "shrinkA": 4, "shrinkB": 4})
-                axes.plot(before, line, "o", markersize=7, color=COLOURS["before"], fillstyle="none", markeredgewidth=1.6)
-            axes.plot(after, line, "o", markersize=7, color=COLOURS["after"])
+            if before is not None and known(before):
+                arrow = {"arrowstyle": "-|>", "color": COLOURS["muted"], "linewidth": 1, "shrinkA": 4, "shrinkB": 4}
+                axes.annotate("", (after, line), (before, line), arrowprops=arrow)
+                axes.plot(before, line, "o", color=COLOURS["before"], markersize=7, fillstyle="none", mew=1.6)
+            axes.plot(after, line, "o", color=COLOURS["after"], markersize=7)
         if 0 < num_new < len(rows):
             axes.axhline(num_new - 0.5, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (2, 2)))
         labels = [_short(name, 18) + (" (new)" if name in new else "") for name, *_ in rows]

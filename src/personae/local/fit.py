@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from personae.core import Arrays, Batch, Client, Select, Training
+from personae.core import Arrays, Batch, Client, Plan, Select, Training
 from personae.errors import ConfigError, FederationError
 from personae.objective.denoising import denoising, noised
 
@@ -45,17 +45,18 @@ def fit(client: Client, train: Select, how: Training, moments: Arrays | None = N
         )
     for name, parameter in model.live().items():
         parameter.requires_grad_(name in moving)
-    optimizer = _optimizer(moving, how, plan.rate)
-    optimizer.zero_grad(set_to_none=True)  # of a stretch that was interrupted
-    _restore(optimizer, moving, moments or {})
+    optimizers = _optimizers(moving, how, plan)
+    _restore(optimizers, moving, moments or {})
     parameters = list(moving.values())
+    for parameter in parameters:
+        parameter.grad = None  # of a stretch that was interrupted
     device = parameters[0].device
     loss_of = plan.loss or denoising
-    rates = [group["lr"] for group in optimizer.param_groups]
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     total = 0.0
     model.train(True)
     for step in range(how.steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in groups:
             group["lr"] = rate * _pace(step, how)
         for _ in range(how.accumulate):
             index = torch.randint(len(images), (how.batch_size,), generator=client.rng)
@@ -74,15 +75,16 @@ def fit(client: Client, train: Select, how: Training, moments: Arrays | None = N
             total += loss.item() / how.accumulate
         if how.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(total):
             raise FederationError(
                 f"client {client.name!r}: the loss is not finite after {step + 1} steps; "
                 f"lower the learning rate (now {how.lr:g})"
             )
     model.train(False)
-    return Fitted(total / how.steps if how.steps else math.nan, _moments(optimizer, moving))
+    return Fitted(total / how.steps if how.steps else math.nan, _moments(optimizers, moving))
 
 
 def _pace(step: int, how: Training) -> float:
@@ -91,28 +93,37 @@ def _pace(step: int, how: Training) -> float:
     return warm if how.decay == "constant" else warm * (1 + math.cos(math.pi * step / how.steps)) / 2
 
 
-def _optimizer(
-    moving: Mapping[str, nn.Parameter], how: Training, rate: Callable[[str], float]
-) -> torch.optim.Optimizer:
-    factors: dict[float, list[nn.Parameter]] = {}
+def _optimizers(moving: Mapping[str, nn.Parameter], how: Training, plan: Plan) -> list[torch.optim.Optimizer]:
+    """One optimizer per kind that the plan asks for, with one group per learning rate."""
+    kinds: dict[str, dict[float, list[nn.Parameter]]] = {}
     for name, parameter in moving.items():
-        factors.setdefault(rate(name), []).append(parameter)
-    groups = [{"params": parameters, "lr": how.lr * factor} for factor, parameters in factors.items()]
-    return OPTIMIZERS[how.optimizer](groups, lr=how.lr, weight_decay=how.weight_decay, fused=True)
+        kind = plan.optimizer(name) or how.optimizer
+        kinds.setdefault(kind, {}).setdefault(plan.rate(name), []).append(parameter)
+    return [
+        OPTIMIZERS[kind](
+            [{"params": parameters, "lr": how.lr * factor} for factor, parameters in factors.items()],
+            lr=how.lr,
+            weight_decay=how.weight_decay,
+            fused=True,
+        )
+        for kind, factors in kinds.items()
+    ]
 
 
-def _moments(optimizer: torch.optim.Optimizer, moving: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _moments(optimizers: Sequence[torch.optim.Optimizer], moving: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {
         f"moments.{slot}.{name}": value.detach().to("cpu", copy=True)
+        for optimizer in optimizers
         for name, parameter in moving.items()
         for slot, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def _restore(optimizer: torch.optim.Optimizer, moving: Mapping[str, nn.Parameter], moments: Arrays) -> None:
+def _restore(optimizers: Sequence[torch.optim.Optimizer], moving: Mapping[str, nn.Parameter], moments: Arrays) -> None:
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, value in moments.items():
         _, slot, name = key.split(".", 2)
         if name in moving:
             # All of them, "step" too: a fused optimizer counts on the parameter's own device.
-            optimizer.state[moving[name]][slot] = value.to(moving[name].device, copy=True)
+            owner[moving[name]].state[moving[name]][slot] = value.to(moving[name].device, copy=True)

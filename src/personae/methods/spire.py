@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from personae.core import (
     Arrays,
     Client,
+    OptimizerName,
     Select,
     State,
     Training,
@@ -30,8 +31,9 @@ class Spire:
     In a round, a client trains the backbone and its vector in one backward pass, sends the backbone, and keeps the
     vector with its Adam moments. A new client downloads the backbone once and trains its vector alone.
 
-    `embedding_rate` is the vector's learning rate over the backbone's; for the first `embedding_warmup_rounds` rounds
-    vectors stay at their random codes, since fast vectors under a young backbone can starve a mode for good.
+    `embedding_rate` is the vector's learning rate over the backbone's, under `embedding_optimizer`; for the first
+    `embedding_warmup_rounds` rounds vectors stay at their random codes, since fast vectors under a young backbone can
+    starve a mode for good.
 
     Source: Ozkara, Zhou, Diggavi 2025, arXiv:2506.12303. Its pseudocode and settings were not available to us: the
     joint step, the null vector, the warm-up and every default are ours. Expected numbers: docs/papers.md.
@@ -40,6 +42,7 @@ class Spire:
     training: Training
     adapt: Training
     embedding_rate: float = 3.0
+    embedding_optimizer: OptimizerName = "adam"
     embedding_warmup_rounds: int = 0
 
     @property
@@ -59,7 +62,7 @@ class Spire:
 
     def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
         warm = int(got.facts["round"]) >= self.embedding_warmup_rounds
-        bent = replace(client, plan=replace(client.plan, rate=self._rate))
+        bent = replace(client, plan=replace(client.plan, rate=self._rate, optimizer=self._optimizer))
         fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
         shared, own = divide(client.model.params(), self.personal)
         moments = pick(fitted.moments, lambda name: name.endswith(EMBEDDING) and not name.endswith(NULL_EMBEDDING))
@@ -80,3 +83,6 @@ class Spire:
 
     def _rate(self, name: str) -> float:
         return self.embedding_rate if self.personal(name) else 1.0
+
+    def _optimizer(self, name: str) -> OptimizerName | None:
+        return self.embedding_optimizer if self.personal(name) else None

@@ -124,7 +124,11 @@ def build_denoiser(recipe: Recipe, sample_shape: tuple[int, ...]) -> UNetDenoise
             start=start,
             scale_shift=backbone.scale_shift,
         )
-    return model.to(recipe.machine.device)
+    try:
+        return model.to(recipe.machine.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, for a bad name and for what is not there
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"machine.device {recipe.machine.device!r} cannot be used here: {reason}") from error
 
 
 def build_job(recipe: Recipe, clients: Clients, model: UNetDenoiser, folder: Path | None) -> Job:

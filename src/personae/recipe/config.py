@@ -20,6 +20,9 @@ from personae.errors import ConfigError
 from personae.methods import METHODS, WRAPPERS
 from personae.recipe.schema import Recipe
 
+INSTEAD = {"backbone.folder": "backbone.preset", "backbone.preset": "backbone.folder"}
+"""Of these exactly one stands in a recipe; `--set` of the one replaces the other."""
+
 TITLE = "title"
 """A sentence for people, allowed in every recipe and carried along unread."""
 
@@ -40,7 +43,7 @@ def find_recipe(recipe: str | Path) -> Path:
         return path
     shipped = {
         str(file.relative_to(folder).with_suffix("")): file
-        for folder in recipe_folders()
+        for folder in reversed(recipe_folders())
         for file in sorted(folder.rglob("*.toml"))
     }
     if str(recipe) in shipped:
@@ -51,6 +54,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML file or a shipped recipe; `overrides` are "key.of.table=value" with the value in TOML or a bare word.
+
+    An empty value leaves the key out.
 
     Raises: ConfigError, naming every problem.
     """
@@ -70,8 +75,8 @@ def parse(table: Mapping[str, Any], where: str) -> Recipe:
     problems: list[str] = []
     method = _method(table.pop("method", None), table.pop("wrap", {}), problems)
     fields = _check(Recipe, table, "", problems)
-    if not problems and fields is not None:
-        problems += _together(fields, method)
+    if fields is not None:
+        problems += _together(fields)
     if problems or fields is None or method is None:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{where} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:{lines}")
@@ -115,24 +120,32 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *parents, last = key.strip().split(".")
+    _put(table, key.strip(), value, override)
+    if key.strip() in INSTEAD and value != "":
+        _put(table, INSTEAD[key.strip()], "", override)
+
+
+def _put(table: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
-    table[last] = value
+    if value == "":
+        table.pop(last, None)
+    else:
+        table[last] = value
 
 
 def _method(table: Any, wraps: Any, problems: list[str]) -> Method | None:
     """The method with its wrappers around it, in the order of WRAPPERS from the inside out."""
+    method: Any = None
     if not isinstance(table, dict) or "name" not in table:
         problems.append(f"method: a table [method] with a name is needed; names are {', '.join(METHODS)}")
-        return None
-    name = table["name"]
-    if name not in METHODS:
+    elif not isinstance(name := table["name"], str) or name not in METHODS:
         problems.append(f"method.name: {name!r} is unknown{_nearest(str(name), METHODS)}")
-        return None
-    method: Any = _check(METHODS[name], {k: v for k, v in table.items() if k != "name"}, "method.", problems)
+    else:
+        method = _check(METHODS[name], {k: v for k, v in table.items() if k != "name"}, "method.", problems)
     if not isinstance(wraps, dict):
         problems.append("wrap: expected tables such as [wrap.server_ema]")
         return None
@@ -153,11 +166,7 @@ def _check(kind: type, table: Any, where: str, problems: list[str], **given: Any
     except pydantic.ValidationError as error:
         problems += [_explain(kind, where, problem) for problem in error.errors()]
         return None
-    try:
-        return _build(kind, checked, given)
-    except ConfigError as error:
-        problems.append(f"{where}{error}")
-        return None
+    return _build(kind, checked, given, where, problems)
 
 
 @cache
@@ -185,17 +194,22 @@ def _translated(hint: Any) -> Any:
     return hint
 
 
-def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any]) -> Any:
+def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any], where: str, problems: list[str]) -> Any:
+    """Make `kind`, whose constructor may find problems of its own."""
     hints = typing.get_type_hints(kind)
     values = dict(given)
     for name in checked.model_fields_set:
         value = getattr(checked, name)
         if isinstance(value, pydantic.BaseModel):
-            value = _build(_dataclass_in(hints[name]), value, {})
+            value = _build(_dataclass_in(hints[name]), value, {}, f"{where}{name}.", problems)
         values[name] = value
     if kind is Recipe:
         values["method"] = None
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        problems.append(f"{where.rstrip('.')}: {str(error).removeprefix('training: ')}")
+        return None
 
 
 def _explain(kind: type, where: str, problem: Any) -> str:
@@ -227,7 +241,7 @@ def _nearest(word: str, valid: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
 
 
-def _together(recipe: Recipe, method: Method | None) -> list[str]:
+def _together(recipe: Recipe) -> list[str]:
     """Problems that no single field shows."""
     from personae.aggregate import RULES
     from personae.engine import ENGINES
@@ -264,7 +278,7 @@ def _together(recipe: Recipe, method: Method | None) -> list[str]:
             problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
         if p.kind == "by_label" and p.classes_per_client is None:
             problems.append("data.partition.classes_per_client: missing for 'by_label'")
-        if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new:
+        if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new >= 1:
             problems.append(f"cohort: {recipe.cohort}, but only {p.num_clients - p.num_new} clients train")
     for name, low in (
         ("num_images", 1),
@@ -275,6 +289,12 @@ def _together(recipe: Recipe, method: Method | None) -> list[str]:
     ):
         if getattr(recipe.evaluation, name) < low:
             problems.append(f"evaluation.{name}: {getattr(recipe.evaluation, name)}, expected at least {low}")
+    if recipe.sampling.steps < 1:
+        problems.append(f"sampling.steps: {recipe.sampling.steps}, expected at least 1")
+    if recipe.backbone.folder is None and recipe.sampling.steps > recipe.backbone.num_timesteps:
+        problems.append(
+            f"sampling.steps: {recipe.sampling.steps}, but backbone.num_timesteps is {recipe.backbone.num_timesteps}"
+        )
     for name in ("threads", "checkpoint_every"):
         if getattr(recipe.machine, name) < 1:
             problems.append(f"machine.{name}: {getattr(recipe.machine, name)}, expected at least 1")

@@ -20,6 +20,7 @@ from personae.core import ClientData, Images, Job, Round, State, ignore, stream
 from personae.data import image_folder, split
 from personae.engine import ENGINES
 from personae.engine.in_process import load_parts, personalize_one
+from personae.engine.population import SAFE_NAME
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
@@ -52,17 +53,19 @@ def run(
     Raises: ConfigError, DataError, ArtefactError (the folder exists), FederationError.
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    plan = _absolute(plan)
-    clients = build_clients(plan)
     folder = Path(out) if out is not None else Path("runs") / plan.name
     opened = RunFolder(folder)
+    opened.refuse_existing()
+    plan = _absolute(plan)
+    saved = SavedRun(folder, plan, build_clients(plan))
+    saved.check()
     opened.create()
     try:
-        write_json(folder / "environment.json", environment(plan.machine.threads, plan.machine.device))
+        # First of all: with it the folder can be resumed, and without it a run can be started there again.
         write_bytes(folder / "config.toml", to_toml(plan).encode())
     finally:
         opened.release()
-    return _finish(SavedRun(folder, plan, clients), watch)
+    return _finish(saved, watch)
 
 
 def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
@@ -89,6 +92,11 @@ def open_run(folder: str | Path) -> SavedRun:
 
 def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     """Whatever is not done yet, in order. Also where a stopped run is taken up."""
+    if not (saved.folder / "environment.json").is_file():
+        machine = saved.recipe.machine
+        write_json(saved.folder / "environment.json", environment(machine.threads, machine.device))
+    if not (saved.folder / "images.json").is_file():
+        write_json(saved.folder / "images.json", saved._images)
     if not RunFolder(saved.folder).is_complete():
         ENGINES[saved.recipe.engine]().run(saved.job, resume=True, watch=watch)
     if not (saved.folder / "summary.json").is_file():
@@ -117,14 +125,21 @@ class SavedRun:
     def _images(self) -> dict[str, Any]:
         """What the training images look like, kept in the folder so that a new client needs none of them."""
         path = self.folder / "images.json"
-        if not path.is_file():
-            shape, names = self._clients.sample_shape, self._clients.label_names
-            write_json(path, {"sample_shape": shape, "label_names": names})
-        return dict(read_json(path))
+        if self._given is None and path.is_file():
+            return dict(read_json(path))
+        return {"sample_shape": self._clients.sample_shape, "label_names": self._clients.label_names}
 
     @property
     def _label_names(self) -> list[str]:
         return list(self._images["label_names"])
+
+    def check(self) -> None:
+        """Build all that the recipe names, so that what does not go together is refused before there is a folder.
+
+        Raises: ConfigError, ArtefactError.
+        """
+        self.job.method.init(self.job.members.initial(self.job.seed))
+        _ = self._features
 
     @cached_property
     def job(self) -> Job:
@@ -167,7 +182,7 @@ class SavedRun:
         """
         if name in self.clients:
             raise ConfigError(f"client {name!r} exists in {self.folder}; choose another --name")
-        if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        if not SAFE_NAME.fullmatch(name):
             raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
         own = self._read(name, Path(data))
         personal = personalize_one(self._job_of(name, own), self._released, State(), name)
@@ -191,7 +206,7 @@ class SavedRun:
         if not path.is_file():
             near = ", ".join(self.clients[:12]) or "none yet"
             raise ConfigError(f"there is no client {client!r} in {self.folder}; clients are {near}")
-        mine = read_metadata(path).get("backbone")
+        released, mine = self._released.params, read_metadata(path).get("backbone")
         ours = read_metadata(self.folder / "server.safetensors").get("backbone")
         if mine != ours:
             raise ArtefactError(
@@ -199,7 +214,7 @@ class SavedRun:
                 f"personae personalize {self.folder} --data DIR --name NAME"
             )
         model = self._model
-        model.load({**self._released.params, **load_state(path).params})
+        model.load({**released, **load_state(path).params})
         return model
 
     def export(self, client: str, to: str | Path) -> Path:
@@ -245,7 +260,7 @@ class SavedRun:
             "clients": figures,
         }
         write_json(self.folder / "summary.json", summary)
-        return summary
+        return self.summary
 
     def report(self) -> Path:
         """Write report.html from what the folder holds."""
@@ -348,9 +363,11 @@ class SavedRun:
 
 def _absolute(recipe: Recipe) -> Recipe:
     """Paths as they must stand in a run folder: independent of where the command was called."""
-    data, backbone = recipe.data, recipe.backbone
+    data, backbone, evaluation = recipe.data, recipe.backbone, recipe.evaluation
     if data.path is not None:
         data = dataclasses.replace(data, path=str(Path(data.path).resolve()))
     if backbone.folder is not None:
         backbone = dataclasses.replace(backbone, folder=str(Path(backbone.folder).resolve()))
-    return dataclasses.replace(recipe, data=data, backbone=backbone)
+    if evaluation.features is not None and Path(evaluation.features).suffix:  # a file; names have none
+        evaluation = dataclasses.replace(evaluation, features=str(Path(evaluation.features).resolve()))
+    return dataclasses.replace(recipe, data=data, backbone=backbone, evaluation=evaluation)

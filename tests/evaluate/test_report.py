@@ -1,0 +1,434 @@
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from personae.errors import ArtefactError
+from personae.evaluate.grids import save_grid
+from personae.evaluate.report import count, duration, number, size, write_report
+
+NUM_CLASSES = 10
+BACKBONE_BYTES = 1_069_956
+
+
+def fake_run(folder: Path, *, num_train: int = 10, num_new: int = 2, rounds: int = 300) -> Path:
+    """A run folder as evaluation leaves it, with real digits in its grids and invented, plausible numbers."""
+    rng = np.random.default_rng(0)
+    digits = load_digits()
+    pixels, classes = (digits.images / 16 * 255).astype(np.uint8)[:, None], digits.target
+    (folder / "samples").mkdir(parents=True)
+    clients = {}
+    for index in range(num_train + num_new):
+        new = index >= num_train
+        name = f"new-{index - num_train:02d}" if new else f"c{index:02d}"
+        prefers = rng.dirichlet(np.full(NUM_CLASSES, 0.25))
+        after = 0.85 * prefers + 0.15 * rng.dirichlet(np.full(NUM_CLASSES, 5.0))
+        before = rng.dirichlet(np.full(NUM_CLASSES, 8.0))
+        real_counts = rng.multinomial(120, prefers)
+        after_counts, before_counts = rng.multinomial(200, after), rng.multinomial(200, before)
+        grids = [("-real", prefers, 0), ("", after, 28), ("-before", before, 45)]
+        for suffix, p, noise in grids if new else grids[:2]:
+            drawn = [rng.choice(np.flatnonzero(classes == c)) for c in rng.choice(NUM_CLASSES, 48, p=p)]
+            noisy = np.clip(pixels[drawn] + rng.normal(0, noise, (48, 1, 8, 8)), 0, 255).astype(np.uint8)
+            save_grid(folder / "samples" / f"{name}{suffix}.png", torch.from_numpy(noisy), columns=8)
+        loss = 0.118 + 0.02 * rng.random()
+        clients[name] = {
+            "role": "new" if new else "train",
+            "num_images": 120,
+            "num_heldout": 24,
+            "labels": real_counts.tolist(),
+            "sampled_labels": after_counts.tolist(),
+            "sampled_labels_before": before_counts.tolist() if new else None,
+            "heldout_loss": loss,
+            "heldout_loss_before": loss + 0.03 if new else None,
+            "histogram_distance": float(abs(real_counts / 120 - after_counts / 200).sum() / 2),
+            "histogram_distance_before": float(abs(real_counts / 120 - before_counts / 200).sum() / 2) if new else None,
+            "kid": 0.021 + 0.01 * rng.random(),
+            "kid_std": 0.004,
+            "kid_floor": -0.0003,
+            "kid_features": "digits-cnn",
+            "frechet": 11.2 + rng.random(),
+            "precision": 0.81,
+            "recall": 0.64,
+            "trained_parameters": 64 if new else 267_553,
+            "bytes_up": 0 if new else rounds * BACKBONE_BYTES // 2,
+            "bytes_down": BACKBONE_BYTES * (1 if new else rounds // 2 + 1),
+            "personal_file_bytes": 412 if new else 936,
+            "nearest_train_distance": 0.19 + 0.03 * rng.random(),
+            "copy_ratio": 0.97 + 0.1 * rng.random(),
+        }
+    train = [name for name in clients if name.startswith("c")]
+    lines = []
+    for number_ in range(1, rounds + 1):
+        level = 0.13 + 0.75 * np.exp(-number_ / 25) + 0.08 * np.exp(-number_ / 150)
+        cohort = sorted(rng.choice(train, max(1, len(train) // 2), replace=False))
+        lines.append(
+            {
+                "round": number_,
+                "seconds": 0.21,
+                "clients": {
+                    name: {
+                        "loss": float(level * rng.normal(1, 0.06)),
+                        "num_examples": 120,
+                        "bytes_up": BACKBONE_BYTES,
+                        "bytes_down": BACKBONE_BYTES + 6,
+                    }
+                    for name in cohort
+                },
+            }
+        )
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(
+        folder / "summary.json",
+        {
+            "format_version": 1,
+            "recipe": "quickstart",
+            "method": "server_ema(server_adam(spire))",
+            "engine": "in_process",
+            "seed": 0,
+            "rounds": rounds,
+            "wall_seconds": 120.3,
+            "bytes_up": sum(c["bytes_up"] for c in clients.values()),
+            "bytes_down": sum(c["bytes_down"] for c in clients.values()),
+            "heldout_loss": float(np.mean([c["heldout_loss"] for c in clients.values()])),
+            "versions": {"personae": "0.1.0", "torch": "2.13.0", "python": "3.12.4"},
+            "features": {"name": "digits-cnn", "accuracy": 0.983},
+            "label_names": [str(i) for i in range(NUM_CLASSES)],
+            "model_parameters": 267_553,
+            "clients": clients,
+            "stages": {
+                "train_seconds": 71.2,
+                "personalize_seconds": 9.8,
+                "sample_seconds": 27.5,
+                "evaluate_seconds": 11.4,
+            },
+        },
+    )
+    (folder / "config.toml").write_text('recipe = "quickstart"\nseed = 0\nrounds = 300\n\n[method]\nname = "spire"\n')
+    write_json(
+        folder / "environment.json",
+        {
+            "platform": "Linux x86_64",
+            "threads": 2,
+            "commit": None,
+            "device": {"kind": "cpu", "name": "two cores"},
+            "packages": ["torch", "numpy"],
+        },
+    )
+    return folder
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def changed(folder: Path, change) -> str:
+    """The report after `change` was made to the summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    change(summary)
+    write_json(folder / "summary.json", summary)
+    return write_report(folder).read_text("utf-8")
+
+
+class Balanced(HTMLParser):
+    """Notes tags that are closed by another than opened them, and ids that occur twice."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.wrong, self.ids, self.text = [], [], [], []
+        self.feed(page)
+        self.wrong += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+
+def words(page: str) -> str:
+    return " ".join(" ".join(Balanced(page).text).split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return write_report(made).read_text("utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small run to change."""
+    return fake_run(tmp_path / "run", num_train=2, num_new=1, rounds=4)
+
+
+def test_the_report_is_in_the_folder_and_the_same_bytes_every_time(made, page, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    (tmp_path / "copy" / "report.html").unlink()
+    path = write_report(tmp_path / "copy")
+    assert path == tmp_path / "copy" / "report.html"
+    assert path.read_text("utf-8") == page
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    assert "<script" not in page and "<link" not in page and "@import" not in page
+    sources = re.findall(r'\b(?:src|href)="([^"]{0,30})', page)
+    assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page))
+
+
+def test_tags_are_balanced_and_ids_are_unique(page):
+    parsed = Balanced(page)
+    assert parsed.wrong == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    references = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
+    assert {one or other for one, other in references} <= set(parsed.ids)
+
+
+def test_one_sentence_says_what_happened(made, page):
+    clients = json.loads((made / "summary.json").read_text())["clients"]
+    new = [client for client in clients.values() if client["role"] == "new"]
+    before, after = (
+        np.mean([client[key] for client in new]) for key in ("histogram_distance_before", "histogram_distance")
+    )
+    sentence = (
+        "10 clients trained one diffusion model together in 300 rounds, sending 1.60 GB of parameters and no images; "
+        "2 new clients then fitted 64 parameters each to their own images, which moved the class proportions of the "
+        f"samples from {before:.2f} to {after:.2f} away from those of the real images (0 is equal, 1 is disjoint)."
+    )
+    assert sentence in words(page)
+
+
+def test_every_client_is_shown_with_its_grids(made, page):
+    assert page.count("data:image/png;base64,") == 2 * 3 + 10 * 2
+    assert page.count("Class proportions of") == 12
+    for name in json.loads((made / "summary.json").read_text())["clients"]:
+        assert f"<h3>{name}</h3>" in page and f'<th scope="row">{name}</th>' in page
+
+
+def test_kid_is_named_after_its_features(page):
+    assert "KID (features: digits-cnn)" in words(page)
+    assert not re.search(r"\bFID\b", words(page))
+
+
+def test_traffic_adds_the_rounds_up(page):
+    assert "sent 1.60 GB up and 1.60 GB down" in words(page)
+
+
+def test_colours_follow_the_page_into_the_dark(page):
+    charts = re.findall(r'<svg class="chart".*?</svg>', page, flags=re.DOTALL)
+    assert len(charts) == 12 + 4
+    assert "prefers-color-scheme: dark" in page and all("var(--" in chart for chart in charts)
+    assert not any(re.search(r"(fill|stroke): #", chart) for chart in charts)
+
+
+def test_config_and_environment_are_there(page):
+    text = words(page)
+    assert all(
+        part in text for part in ('name = "spire"', "device.name two cores", "packages torch, numpy", "commit –")
+    )
+
+
+def test_text_from_a_run_is_escaped(folder):
+    evil = "<script>alert('$x_1$')</script>"
+
+    def change(summary):
+        summary["clients"] = {f"{evil}{i}": client for i, client in enumerate(summary["clients"].values())}
+        summary |= {
+            "recipe": evil,
+            "method": evil,
+            "engine": evil,
+            "label_names": [evil] * 10,
+            "features": {evil: evil},
+        }
+        summary |= {"versions": {evil: evil}, "stages": {f"{evil}_seconds": 1.0}}
+
+    (folder / "config.toml").write_text(f'recipe = "{evil}"')
+    write_json(folder / "environment.json", {evil: {evil: [evil]}})
+    page = changed(folder, change)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert Balanced(page).wrong == []
+
+
+def test_a_name_is_never_opened_as_a_path(folder):
+    save_grid(folder / "secret.png", torch.zeros(1, 1, 5, 7, dtype=torch.uint8), columns=1, scale=1)
+    page = changed(folder, lambda summary: summary["clients"].update({"../secret": summary["clients"].pop("c00")}))
+    assert "../secret" in page and 'width="7" height="5"' not in page
+
+
+def test_letters_that_no_font_has_are_no_reason_to_fail(folder):
+    page = changed(folder, lambda summary: summary["clients"].update({"客户": summary["clients"].pop("c00")}))
+    assert "<h3>客户</h3>" in page
+
+
+OPTIONAL = (
+    "labels",
+    "sampled_labels",
+    "sampled_labels_before",
+    "heldout_loss_before",
+    "histogram_distance",
+    "histogram_distance_before",
+    "kid",
+    "kid_std",
+    "kid_floor",
+    "kid_features",
+    "frechet",
+    "precision",
+    "recall",
+    "copy_ratio",
+)
+
+
+@pytest.mark.parametrize("missing", ["null", "absent", "nan"])
+def test_what_could_not_be_measured_is_left_out(folder, missing):
+    def change(summary):
+        summary |= {"features": None, "label_names": None}
+        for client in summary["clients"].values():
+            for key in OPTIONAL:
+                client[key] = (
+                    float("nan") if missing == "nan" and not key.endswith(("labels", "before", "features")) else None
+                )
+                if missing == "absent":
+                    del client[key]
+
+    page = changed(folder, change)
+    assert Balanced(page).wrong == []
+    table = page[page.index('<table class="numbers">') : page.index("</table>")]
+    assert "KID" not in table and "histogram distance" not in table and "held-out loss" in table
+    assert len(re.findall('<svg class="chart"', page)) == 3  # one dot plot, the loss, the traffic
+    assert not re.search(r"\b(nan|None|inf)\b", words(page))
+
+
+def test_a_bare_summary_is_enough(tmp_path):
+    write_json(tmp_path / "summary.json", {"format_version": 1})
+    page = write_report(tmp_path).read_text("utf-8")
+    assert Balanced(page).wrong == [] and "0 clients" in words(page) and "None" not in words(page)
+
+
+def test_pictures_that_are_not_there_are_said_to_be_missing(folder):
+    shutil.rmtree(folder / "samples")
+    page = write_report(folder).read_text("utf-8")
+    assert page.count("no picture") == 3 + 2 * 2 and "base64" not in page
+
+
+def test_without_labels_real_images_and_samples_still_stand(folder):
+    page = changed(
+        folder,
+        lambda summary: [
+            c.update(labels=None, sampled_labels=None, sampled_labels_before=None) for c in summary["clients"].values()
+        ],
+    )
+    assert page.count("data:image/png") == 7 and "Class proportions of" not in page and 'class="body bare"' in page
+
+
+def test_many_clients_are_cut_and_counted(tmp_path):
+    folder = fake_run(tmp_path / "run", num_train=25, num_new=14, rounds=3)
+    page = changed(
+        folder,
+        lambda summary: [
+            c.update(labels=None, sampled_labels=None, sampled_labels_before=None) for c in summary["clients"].values()
+        ],
+    )
+    text = words(page)
+    assert page.count("<h3>") == 24 and "<h3>c11</h3>" in page and "<h3>c12</h3>" not in page
+    assert "13 more training clients not shown" in text and "2 more new clients not shown" in text
+    assert "median of 25" in text and "median of 14" in text and "15 clients are not listed" in text
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(folder):
+    whole = write_report(folder).read_bytes()
+    with open(folder / "rounds.jsonl", "a") as file:
+        file.write('{"round": 5, "clients": {"c0')
+    assert write_report(folder).read_bytes() == whole
+
+
+def test_clients_that_train_alone_send_nothing(folder):
+    def change(summary):
+        summary |= {"bytes_up": 0, "bytes_down": 0}
+        for client in summary["clients"].values():
+            client |= {"bytes_up": 0, "bytes_down": 0}
+
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        for client in line["clients"].values():
+            client |= {"bytes_up": 0, "bytes_down": 0, "loss": None}
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = changed(folder, change)
+    assert "and sent nothing" in words(page) and "Training loss" not in page and "cumulative by round" not in page
+
+
+def test_many_classes_fit(folder):
+    def change(summary):
+        summary["label_names"] = [f"a rather long name {i}" for i in range(62)]
+        for client in summary["clients"].values():
+            client["labels"] = client["sampled_labels"] = [*range(62)]
+
+    assert Balanced(changed(folder, change)).wrong == []
+
+
+def test_a_folder_without_a_summary_is_explained(tmp_path):
+    with pytest.raises(ArtefactError, match="measure the run first"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("summary", [{"format_version": 2}, {}, []])
+def test_another_format_is_refused(tmp_path, summary):
+    write_json(tmp_path / "summary.json", summary)
+    with pytest.raises(ArtefactError, match="reads 1"):
+        write_report(tmp_path)
+
+
+def test_a_damaged_picture_is_named(folder):
+    (folder / "samples" / "c00.png").write_bytes(b"no picture")
+    with pytest.raises(ArtefactError, match=r"c00\.png is not a PNG"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (number(0.12345), "0.123"),
+        (number(-0.0003, 3), "−3.0×10⁻⁴"),
+        (number(0), "0.000"),
+        (number(None), "–"),
+        (number(float("inf")), "–"),
+        (count(1_234_567), "1,234,567"),
+        (size(412), "412 B"),
+        (size(1_069_956), "1.07 MB"),
+        (size(999_700), "1.00 MB"),
+        (size(123_456_789), "123 MB"),
+        (duration(0.21), "0.21 s"),
+        (duration(71.2), "71 s"),
+        (duration(120.3), "2 min 0 s"),
+        (duration(5_400), "1 h 30 min"),
+    ],
+)
+def test_numbers_are_written_for_people(written, expected):
+    assert written == expected
+
+
+if __name__ == "__main__":  # a page to look at: python tests/evaluate/test_report.py FOLDER
+    print(write_report(fake_run(Path(sys.argv[1]))))

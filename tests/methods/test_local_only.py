@@ -1,0 +1,37 @@
+from dataclasses import replace
+
+import torch
+
+from personae.artefact.run_folder import RunFolder
+from personae.core import Training
+from personae.engine import InProcess
+from personae.methods import LocalOnly
+from personae.testing import tiny_job, tiny_population
+from personae.testing.contract import differing
+
+METHOD = LocalOnly(Training(3, 1e-2, 4), Training(2, 1e-2, 4))
+
+
+def test_nothing_travels():
+    run = InProcess().run(tiny_job(METHOD))
+    assert not run.server.params
+    assert all(traffic.up == 0 and traffic.down == 0 for traffic in run.traffic.values())
+
+
+def test_others_do_not_matter():
+    together = InProcess().run(tiny_job(METHOD, tiny_population(3))).personal["c0"]
+    alone = InProcess().run(tiny_job(METHOD, replace(tiny_population(3), train=["c0"]))).personal["c0"]
+    assert differing(together.params, alone.params) == []
+
+
+def test_moments_go_on_from_round_to_round(tmp_path):
+    InProcess().run(tiny_job(METHOD, rounds=2, folder=tmp_path / "run"))
+    folder = RunFolder(tmp_path / "run")
+    folder.restore()
+    assert folder.kept("c0").extras["moments.step.output.weight"] == 6
+
+
+def test_a_new_client_trains_a_model_of_its_own():
+    run = InProcess().run(tiny_job(METHOD))
+    assert run.personal["n0"].params.keys() == run.personal["c0"].params.keys()
+    assert not torch.equal(run.personal["n0"].params["input.weight"], run.personal["c0"].params["input.weight"])
