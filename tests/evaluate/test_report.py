@@ -11,11 +11,17 @@ import torch
 from sklearn.datasets import load_digits
 
 from personae.errors import ArtefactError
+from personae.evaluate.charts import COLOURS
 from personae.evaluate.grids import save_grid
 from personae.evaluate.report import count, duration, number, size, write_report
 
 NUM_CLASSES = 10
 BACKBONE_BYTES = 1_069_956
+EVIL = "<script>alert('$x_1$')</script>"
+
+CLASSES = ("labels", "sampled_labels", "sampled_labels_before")
+SAMPLES = ("kid", "kid_std", "kid_floor", "kid_features", "frechet", "precision", "recall", "copy_ratio")
+OPTIONAL = (*CLASSES, *SAMPLES, "histogram_distance", "histogram_distance_before", "heldout_loss_before")
 
 
 def fake_run(folder: Path, *, num_train: int = 10, num_new: int = 2, rounds: int = 300) -> Path:
@@ -69,21 +75,9 @@ def fake_run(folder: Path, *, num_train: int = 10, num_new: int = 2, rounds: int
     for number_ in range(1, rounds + 1):
         level = 0.13 + 0.75 * np.exp(-number_ / 25) + 0.08 * np.exp(-number_ / 150)
         cohort = sorted(rng.choice(train, max(1, len(train) // 2), replace=False))
-        lines.append(
-            {
-                "round": number_,
-                "seconds": 0.21,
-                "clients": {
-                    name: {
-                        "loss": float(level * rng.normal(1, 0.06)),
-                        "num_examples": 120,
-                        "bytes_up": BACKBONE_BYTES,
-                        "bytes_down": BACKBONE_BYTES + 6,
-                    }
-                    for name in cohort
-                },
-            }
-        )
+        sent = {"num_examples": 120, "bytes_up": BACKBONE_BYTES, "bytes_down": BACKBONE_BYTES + 6}
+        told = {name: {"loss": float(level * rng.normal(1, 0.06)), **sent} for name in cohort}
+        lines.append({"round": number_, "seconds": 0.21, "clients": told})
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(
         folder / "summary.json",
@@ -103,25 +97,13 @@ def fake_run(folder: Path, *, num_train: int = 10, num_new: int = 2, rounds: int
             "label_names": [str(i) for i in range(NUM_CLASSES)],
             "model_parameters": 267_553,
             "clients": clients,
-            "stages": {
-                "train_seconds": 71.2,
-                "personalize_seconds": 9.8,
-                "sample_seconds": 27.5,
-                "evaluate_seconds": 11.4,
-            },
+            "stages": {"train_seconds": 71.2, "personalize_seconds": 9.8, "sample_seconds": 27.5},
         },
     )
     (folder / "config.toml").write_text('recipe = "quickstart"\nseed = 0\nrounds = 300\n\n[method]\nname = "spire"\n')
-    write_json(
-        folder / "environment.json",
-        {
-            "platform": "Linux x86_64",
-            "threads": 2,
-            "commit": None,
-            "device": {"kind": "cpu", "name": "two cores"},
-            "packages": ["torch", "numpy"],
-        },
-    )
+    device = {"kind": "cpu", "name": "two cores"}
+    environment = {"platform": "Linux x86_64", "threads": 2, "commit": None, "device": device}
+    write_json(folder / "environment.json", environment | {"packages": ["torch", "numpy"]})
     return folder
 
 
@@ -135,6 +117,11 @@ def changed(folder: Path, change) -> str:
     change(summary)
     write_json(folder / "summary.json", summary)
     return write_report(folder).read_text("utf-8")
+
+
+def without_classes(summary):
+    for client in summary["clients"].values():
+        client |= dict.fromkeys(CLASSES)
 
 
 class Balanced(HTMLParser):
@@ -171,7 +158,8 @@ def words(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return fake_run(tmp_path_factory.mktemp("run") / "run")
+    """A run to read, with two clients of each role: drawing is what takes the time here."""
+    return fake_run(tmp_path_factory.mktemp("run") / "run", num_train=2, num_new=2)
 
 
 @pytest.fixture(scope="module")
@@ -179,17 +167,44 @@ def page(made):
     return write_report(made).read_text("utf-8")
 
 
+@pytest.fixture(scope="module")
+def text(page):
+    return words(page)
+
+
 @pytest.fixture
-def folder(tmp_path):
-    """A small run to change."""
-    return fake_run(tmp_path / "run", num_train=2, num_new=1, rounds=4)
+def folder(made, tmp_path):
+    """The same run, to change."""
+    return shutil.copytree(made, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
 
 
-def test_the_report_is_in_the_folder_and_the_same_bytes_every_time(made, page, tmp_path):
-    shutil.copytree(made, tmp_path / "copy")
-    (tmp_path / "copy" / "report.html").unlink()
-    path = write_report(tmp_path / "copy")
-    assert path == tmp_path / "copy" / "report.html"
+@pytest.fixture
+def without_rounds(folder):
+    """The same, with no curves to draw."""
+    (folder / "rounds.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile_page(made, tmp_path_factory):
+    """The report of a run whose every text is HTML, beside clients called after a path and in another script."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("hostile") / "run")
+
+    def change(summary):
+        clients = summary["clients"].values()
+        summary["clients"] = dict(zip(["../secret", "客户", EVIL, f"{EVIL}2"], clients, strict=True))
+        summary |= {"recipe": EVIL, "method": EVIL, "engine": EVIL, "label_names": [EVIL] * 10}
+        summary |= {"features": {EVIL: EVIL}, "versions": {EVIL: EVIL}, "stages": {f"{EVIL}_seconds": 1.0}}
+
+    save_grid(folder / "secret.png", torch.zeros(1, 1, 5, 7, dtype=torch.uint8), columns=1, scale=1)
+    (folder / "config.toml").write_text(f'recipe = "{EVIL}"')
+    write_json(folder / "environment.json", {EVIL: {EVIL: [EVIL]}})
+    return changed(folder, change)
+
+
+def test_the_report_is_in_the_folder_and_the_same_bytes_every_time(folder, page):
+    path = write_report(folder)
+    assert path == folder / "report.html"
     assert path.read_text("utf-8") == page
 
 
@@ -208,117 +223,77 @@ def test_tags_are_balanced_and_ids_are_unique(page):
     assert {one or other for one, other in references} <= set(parsed.ids)
 
 
-def test_one_sentence_says_what_happened(made, page):
+def test_the_first_paragraph_says_what_happened(made, text):
     clients = json.loads((made / "summary.json").read_text())["clients"]
     new = [client for client in clients.values() if client["role"] == "new"]
     before, after = (
-        np.mean([client[key] for client in new]) for key in ("histogram_distance_before", "histogram_distance")
+        100 * np.mean([client[key] for client in new]) for key in ("histogram_distance_before", "histogram_distance")
     )
-    sentence = (
-        "10 clients trained one diffusion model together in 300 rounds, sending 1.60 GB of parameters and no images; "
-        "2 new clients then fitted 64 parameters each to their own images, which moved the class proportions of the "
-        f"samples from {before:.2f} to {after:.2f} away from those of the real images (0 is equal, 1 is disjoint)."
+    lead = (
+        "2 clients trained one diffusion model together in 300 rounds, sending 321 MB of parameters and no images; "
+        f"2 new clients then fitted 64 parameters each to their own images. Before that, on average {before:.0f} % of "
+        "a new client's samples would have had to be of another class to match the mix of classes in its real images; "
+        f"after it, {after:.0f} %."
     )
-    assert sentence in words(page)
+    assert lead in text
 
 
 def test_every_client_is_shown_with_its_grids(made, page):
-    assert page.count("data:image/png;base64,") == 2 * 3 + 10 * 2
-    assert page.count("Class proportions of") == 12
+    assert page.count("data:image/png;base64,") == 2 * 3 + 2 * 2
+    assert page.count("Class proportions of") == 4
     for name in json.loads((made / "summary.json").read_text())["clients"]:
         assert f"<h3>{name}</h3>" in page and f'<th scope="row">{name}</th>' in page
 
 
-def test_kid_is_named_after_its_features(page):
-    assert "KID (features: digits-cnn)" in words(page)
-    assert not re.search(r"\bFID\b", words(page))
+def test_kid_is_named_after_its_features(text):
+    assert "KID (features: digits-cnn)" in text
+    assert not re.search(r"\bFID\b", text)
 
 
-def test_traffic_adds_the_rounds_up(page):
-    assert "sent 1.60 GB up and 1.60 GB down" in words(page)
+def test_traffic_adds_the_rounds_up(text):
+    assert "sent 321 MB up and 321 MB down" in text
 
 
-def test_colours_follow_the_page_into_the_dark(page):
-    charts = re.findall(r'<svg class="chart".*?</svg>', page, flags=re.DOTALL)
-    assert len(charts) == 12 + 4
-    assert "prefers-color-scheme: dark" in page and all("var(--" in chart for chart in charts)
-    assert not any(re.search(r"(fill|stroke): #", chart) for chart in charts)
+def test_the_page_has_every_colour_of_its_charts_by_day_and_by_night(page):
+    assert page.count('<svg class="chart"') == 4 + 4
+    light, dark = (set(re.findall(r"--(\w+): #", rule)) for rule in re.findall(r":root {(.*?)}", page, re.DOTALL))
+    assert light == dark >= set(COLOURS)
 
 
-def test_config_and_environment_are_there(page):
-    text = words(page)
-    assert all(
-        part in text for part in ('name = "spire"', "device.name two cores", "packages torch, numpy", "commit –")
-    )
+def test_config_and_environment_are_there(text):
+    for part in ('name = "spire"', "device.name two cores", "packages torch, numpy", "commit –"):
+        assert part in text
 
 
-def test_text_from_a_run_is_escaped(folder):
-    evil = "<script>alert('$x_1$')</script>"
-
-    def change(summary):
-        summary["clients"] = {f"{evil}{i}": client for i, client in enumerate(summary["clients"].values())}
-        summary |= {
-            "recipe": evil,
-            "method": evil,
-            "engine": evil,
-            "label_names": [evil] * 10,
-            "features": {evil: evil},
-        }
-        summary |= {"versions": {evil: evil}, "stages": {f"{evil}_seconds": 1.0}}
-
-    (folder / "config.toml").write_text(f'recipe = "{evil}"')
-    write_json(folder / "environment.json", {evil: {evil: [evil]}})
-    page = changed(folder, change)
-    assert "<script" not in page and "&lt;script&gt;" in page
-    assert Balanced(page).wrong == []
+def test_text_from_a_run_is_escaped(hostile_page):
+    assert "<script" not in hostile_page and "&lt;script&gt;" in hostile_page
+    assert Balanced(hostile_page).wrong == []
 
 
-def test_a_name_is_never_opened_as_a_path(folder):
-    save_grid(folder / "secret.png", torch.zeros(1, 1, 5, 7, dtype=torch.uint8), columns=1, scale=1)
-    page = changed(folder, lambda summary: summary["clients"].update({"../secret": summary["clients"].pop("c00")}))
-    assert "../secret" in page and 'width="7" height="5"' not in page
+def test_a_name_is_never_opened_as_a_path(hostile_page):
+    assert "<h3>../secret</h3>" in hostile_page and 'width="7" height="5"' not in hostile_page
 
 
-def test_letters_that_no_font_has_are_no_reason_to_fail(folder):
-    page = changed(folder, lambda summary: summary["clients"].update({"客户": summary["clients"].pop("c00")}))
-    assert "<h3>客户</h3>" in page
-
-
-OPTIONAL = (
-    "labels",
-    "sampled_labels",
-    "sampled_labels_before",
-    "heldout_loss_before",
-    "histogram_distance",
-    "histogram_distance_before",
-    "kid",
-    "kid_std",
-    "kid_floor",
-    "kid_features",
-    "frechet",
-    "precision",
-    "recall",
-    "copy_ratio",
-)
+def test_letters_that_no_font_has_are_no_reason_to_fail(hostile_page):
+    assert "<h3>客户</h3>" in hostile_page
 
 
 @pytest.mark.parametrize("missing", ["null", "absent", "nan"])
-def test_what_could_not_be_measured_is_left_out(folder, missing):
+def test_what_could_not_be_measured_is_left_out(without_rounds, missing):
     def change(summary):
         summary |= {"features": None, "label_names": None}
         for client in summary["clients"].values():
             for key in OPTIONAL:
-                client[key] = (
-                    float("nan") if missing == "nan" and not key.endswith(("labels", "before", "features")) else None
-                )
+                no_number = missing == "nan" and not key.endswith(("labels", "before", "features"))
+                client[key] = float("nan") if no_number else None
                 if missing == "absent":
                     del client[key]
 
-    page = changed(folder, change)
+    page = changed(without_rounds, change)
     assert Balanced(page).wrong == []
     table = page[page.index('<table class="numbers">') : page.index("</table>")]
     assert "KID" not in table and "histogram distance" not in table and "held-out loss" in table
-    assert len(re.findall('<svg class="chart"', page)) == 3  # one dot plot, the loss, the traffic
+    assert page.count('<svg class="chart"') == 1  # the dots of the held-out loss
     assert not re.search(r"\b(nan|None|inf)\b", words(page))
 
 
@@ -328,30 +303,25 @@ def test_a_bare_summary_is_enough(tmp_path):
     assert Balanced(page).wrong == [] and "0 clients" in words(page) and "None" not in words(page)
 
 
-def test_pictures_that_are_not_there_are_said_to_be_missing(folder):
-    shutil.rmtree(folder / "samples")
-    page = write_report(folder).read_text("utf-8")
-    assert page.count("no picture") == 3 + 2 * 2 and "base64" not in page
+def test_pictures_that_are_not_there_are_said_to_be_missing(without_rounds):
+    shutil.rmtree(without_rounds / "samples")
+    page = changed(without_rounds, without_classes)
+    assert page.count("no picture") == 2 * 3 + 2 * 2 and "base64" not in page
 
 
-def test_without_labels_real_images_and_samples_still_stand(folder):
-    page = changed(
-        folder,
-        lambda summary: [
-            c.update(labels=None, sampled_labels=None, sampled_labels_before=None) for c in summary["clients"].values()
-        ],
-    )
-    assert page.count("data:image/png") == 7 and "Class proportions of" not in page and 'class="body bare"' in page
+def test_without_labels_real_images_and_samples_still_stand(without_rounds):
+    page = changed(without_rounds, without_classes)
+    assert page.count("data:image/png") == 2 * 3 + 2 * 2
+    assert "Class proportions of" not in page and 'class="body bare"' in page
 
 
-def test_many_clients_are_cut_and_counted(tmp_path):
-    folder = fake_run(tmp_path / "run", num_train=25, num_new=14, rounds=3)
-    page = changed(
-        folder,
-        lambda summary: [
-            c.update(labels=None, sampled_labels=None, sampled_labels_before=None) for c in summary["clients"].values()
-        ],
-    )
+def test_many_clients_are_cut_and_counted(without_rounds):
+    def change(summary):
+        without_classes(summary)
+        (train, *_, new) = summary["clients"].values()
+        summary["clients"] = {f"c{i:02d}": train for i in range(25)} | {f"new-{i:02d}": new for i in range(14)}
+
+    page = changed(without_rounds, change)
     text = words(page)
     assert page.count("<h3>") == 24 and "<h3>c11</h3>" in page and "<h3>c12</h3>" not in page
     assert "13 more training clients not shown" in text and "2 more new clients not shown" in text
@@ -359,14 +329,15 @@ def test_many_clients_are_cut_and_counted(tmp_path):
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(folder):
-    whole = write_report(folder).read_bytes()
+    whole = changed(folder, lambda summary: summary.update(clients={}))
     with open(folder / "rounds.jsonl", "a") as file:
-        file.write('{"round": 5, "clients": {"c0')
-    assert write_report(folder).read_bytes() == whole
+        file.write('{"round": 301, "clients": {"c0')
+    assert write_report(folder).read_text("utf-8") == whole
 
 
 def test_clients_that_train_alone_send_nothing(folder):
     def change(summary):
+        without_classes(summary)
         summary |= {"bytes_up": 0, "bytes_down": 0}
         for client in summary["clients"].values():
             client |= {"bytes_up": 0, "bytes_down": 0}
@@ -378,15 +349,6 @@ def test_clients_that_train_alone_send_nothing(folder):
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = changed(folder, change)
     assert "and sent nothing" in words(page) and "Training loss" not in page and "cumulative by round" not in page
-
-
-def test_many_classes_fit(folder):
-    def change(summary):
-        summary["label_names"] = [f"a rather long name {i}" for i in range(62)]
-        for client in summary["clients"].values():
-            client["labels"] = client["sampled_labels"] = [*range(62)]
-
-    assert Balanced(changed(folder, change)).wrong == []
 
 
 def test_a_folder_without_a_summary_is_explained(tmp_path):

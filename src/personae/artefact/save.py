@@ -101,7 +101,7 @@ def state_bytes(state: State, **about: str) -> bytes:
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same file with its metadata in order of names, which safetensors leaves to chance: equal states, equal bytes."""
+    """The same file with its metadata sorted, whose order safetensors leaves to chance: equal states, equal bytes."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

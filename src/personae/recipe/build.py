@@ -79,6 +79,9 @@ def _source(data: Data) -> Source:
     options = {argument: value for argument, (_, value) in given.items() if value is not None}
     if unfit := [given[argument][0] for argument in options if argument not in signature(load).parameters]:
         raise ConfigError(f"source {data.source!r} does not take data.{' or data.'.join(unfit)}; leave it out")
+    needed = [name for name, parameter in signature(load).parameters.items() if parameter.default is parameter.empty]
+    if lacking := [given[name][0] for name in needed if name not in options]:
+        raise ConfigError(f"source {data.source!r} needs data.{' and data.'.join(lacking)}")
     return load(**options)
 
 

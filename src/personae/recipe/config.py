@@ -198,7 +198,7 @@ def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any], wh
     """Make `kind`, whose constructor may find problems of its own."""
     hints = typing.get_type_hints(kind)
     values = dict(given)
-    for name in checked.model_fields_set:
+    for name in (field.name for field in dataclasses.fields(kind) if field.name in checked.model_fields_set):
         value = getattr(checked, name)
         if isinstance(value, pydantic.BaseModel):
             value = _build(_dataclass_in(hints[name]), value, {}, f"{where}{name}.", problems)

@@ -1,0 +1,182 @@
+"""Reading a recipe says all that is wrong with it, and writing it back loses nothing."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import personae
+from personae.errors import ConfigError
+from personae.recipe.config import find_recipe, load_recipe, method_name, parse, recipe_folders, to_table, to_toml
+
+SHIPPED = sorted(path for folder in recipe_folders() for path in folder.rglob("*.toml"))
+
+
+def problems(*overrides, recipe="quickstart"):
+    """The lines of the error, without the first that counts them."""
+    with pytest.raises(ConfigError) as found:
+        load_recipe(recipe, overrides)
+    first, *lines = str(found.value).split("\n  - ")
+    assert f"has {len(lines)} problem" in first
+    return lines
+
+
+def test_all_problems_are_said_at_once_each_with_the_nearest_key():
+    found = problems(
+        "data.partition.num_client=3",
+        "method.training.step=3",
+        "method.embeding_rate=1",
+        "wrap.server_emma.decay=0.5",
+        "sampling.sampler=ddimm",
+        "zzz=red",
+    )
+    text = "\n".join(found)
+    assert len(found) == 6
+    assert "data.partition.num_client: unknown key; did you mean 'num_clients'?" in text
+    assert "method.training.step: unknown key; did you mean 'steps'?" in text
+    assert "method.embeding_rate: unknown key; did you mean 'embedding_rate'?" in text
+    assert "wrap.server_emma: unknown; did you mean 'server_ema'?" in text
+    assert "sampling.sampler: " in text
+    assert "'dpmsolver++'" in text
+    assert "zzz: unknown key; valid are name, rounds, data" in text
+
+
+def test_values_that_do_not_go_together_stand_beside_the_methods_own_problems():
+    found = problems("rounds=0", "method.training.lr=0", "method.adapt.steps=-1", "data.heldout=1.5")
+    assert found == [
+        "method.training: lr is 0.0, expected above 0",
+        "method.adapt: steps is -1, expected at least 0",
+        "rounds: 0, expected at least 1",
+        "data.heldout: 1.5, expected between 0 and 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rounds=two", "rounds: input should be a valid integer, found 'two'"),
+        ("rounds=2.5", "rounds: input should be a valid integer"),
+        ("rounds=true", "rounds: input should be a valid integer, found True"),
+        ("name=3", "name: input should be a valid string, found 3"),
+        ("data.channels=2", "data.channels: input should be 1 or 3, found 2"),
+        ("data.new=anna", "data.new: input should be a valid array, found 'anna'"),
+        ("data.pooled=1", "data.pooled: input should be a valid boolean, found 1"),
+        ("data=3", "data: input should be an object, found 3"),
+        ("method.training.decay=linear", "method.training.decay: input should be 'constant' or 'cosine'"),
+        ("rounds=-1", "rounds: -1, expected at least 1"),
+        ("cohort=0", "cohort: 0, expected at least 1"),
+        ("cohort=21", "cohort: 21, but only 20 clients train"),
+        ("data.partition.num_new=25", "data.partition: 25 clients of which 25 are new leave none to train"),
+        ("data.partition.num_new=-1", "data.partition.num_new: -1, expected at least 0"),
+        ("data.partition.alpha=", "data.partition.alpha: missing"),
+        ("data.partition.kind=by_label", "data.partition.classes_per_client: missing"),
+        ("sampling.steps=0", "sampling.steps: 0, expected at least 1"),
+        ("sampling.steps=2000", "sampling.steps: 2000, but backbone.num_timesteps is 1000"),
+        ("evaluation.num_images=0", "evaluation.num_images: 0, expected at least 1"),
+        ("machine.threads=0", "machine.threads: 0, expected at least 1"),
+        ("method.name=spyre", "method.name: 'spyre' is unknown; did you mean 'spire'?"),
+        ("method.name=[1]", "method.name: [1] is unknown; valid are spire, fedavg_ft"),
+        ("method=3", "method: a table [method] with a name is needed; names are spire"),
+        ("method.training=", "method.training: missing"),
+        ("wrap=3", "wrap: expected tables such as [wrap.server_ema]"),
+        ("wrap.proximal=3", "wrap.proximal: expected a table"),
+        ("wrap.proximal={}", "wrap.proximal.mu: missing"),
+        ("aggregation.rule=meen", "aggregation.rule: 'meen' is unknown; did you mean 'mean'?"),
+        ("engine=in_proces", "engine: 'in_proces' is unknown; did you mean 'in_process'?"),
+        ("backbone.preset=", "backbone: exactly one of preset and folder is needed"),
+        ("data.partition=", "data.partition: missing"),
+    ],
+)
+def test_one_problem_is_named_where_it_is(override, sentence):
+    (found,) = problems(override)
+    assert found.startswith(sentence)
+
+
+def test_a_source_of_folders_needs_a_path_and_a_size():
+    found = problems("data.path=", "data.size=", recipe="own_folder")
+    assert found == ["data.path: needed for source 'clients'", "data.size: needed for source 'clients', in pixels"]
+
+
+def test_set_takes_every_kind_of_value():
+    recipe = load_recipe(
+        "quickstart",
+        [
+            "rounds=3",
+            "method.training.lr=1e-3",
+            "name=mine",
+            'engine="in_process"',
+            "data.pooled=true",
+            "data.path = a folder/b ",
+            'data.new=["a", "b"]',
+            "wrap.proximal.mu=1",
+            "backbone.embedding={width = 4, place = 'blocks'}",
+            "cohort=",
+        ],
+    )
+    assert (recipe.rounds, recipe.name, recipe.data.pooled, recipe.cohort) == (3, "mine", True, None)
+    assert (recipe.data.path, recipe.data.new) == ("a folder/b", ("a", "b"))
+    assert (recipe.backbone.embedding.width, recipe.backbone.embedding.place) == (4, "blocks")
+    assert method_name(recipe.method) == "server_ema(server_adam(proximal(spire)))"
+    assert recipe.method.method.method.method.training.lr == 1e-3
+
+
+def test_setting_a_backbone_folder_replaces_the_preset_and_back():
+    assert load_recipe("quickstart", ["backbone.folder=a"]).backbone.preset is None
+    both = load_recipe("quickstart", ["backbone.folder=a", "backbone.preset=small"]).backbone
+    assert (both.folder, both.preset) == (None, "small")
+
+
+@pytest.mark.parametrize("override", ["rounds", "=3", " = 3"])
+def test_what_is_no_key_and_value_is_refused(override):
+    with pytest.raises(ConfigError, match="is not of the form key=value"):
+        load_recipe("quickstart", [override])
+
+
+def test_a_key_below_a_value_is_refused():
+    with pytest.raises(ConfigError, match="rounds is a value, not a table"):
+        load_recipe("quickstart", ["rounds.more=3"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_survives_being_written_and_read(path):
+    recipe = load_recipe(path)
+    assert parse(to_table(recipe), "table") == recipe
+    assert parse(tomllib.loads(to_toml(recipe)), "text") == recipe
+
+
+def test_wrappers_survive_in_their_order():
+    recipe = load_recipe("quickstart", ["wrap.proximal.mu=0.5", "cohort=", "evaluation.features=none"])
+    assert parse(tomllib.loads(to_toml(recipe)), "text") == recipe
+
+
+def test_a_recipe_is_found_by_its_name_or_path(tmp_path, monkeypatch):
+    assert find_recipe("quickstart").name == "quickstart.toml"
+    assert find_recipe(SHIPPED[0]) == SHIPPED[0]
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text('name = "mine"\n')
+    assert find_recipe("quickstart") == Path("quickstart"), "a file of the user's comes first"
+
+
+def test_a_name_that_is_nearly_right_is_corrected():
+    with pytest.raises(ConfigError, match=r"no file and no shipped recipe 'quickstrat'; did you mean: quickstart"):
+        personae.load_recipe("quickstrat")
+
+
+@pytest.mark.parametrize("content", [b"rounds = ", b"\xff\xfe\x00", b"rounds = 1\nrounds = 2\n", b"\x89PNG\r\n"])
+def test_a_file_that_is_no_toml_is_named(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+        load_recipe(path)
+
+
+def test_an_empty_recipe_says_all_that_is_missing(tmp_path):
+    (tmp_path / "empty.toml").touch()
+    found = problems(recipe=tmp_path / "empty.toml")
+    assert found[1:] == ["name: missing", "rounds: missing", "data: missing", "backbone: missing"]
+    assert found[0].startswith("method: a table [method] with a name is needed")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_recipe(tmp_path)
