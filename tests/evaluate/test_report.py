@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from personae.errors import ArtefactError
 from personae.evaluate.charts import COLOURS
 from personae.evaluate.grids import save_grid
-from personae.evaluate.report import count, duration, number, size, write_report
+from personae.evaluate.report import count, duration, number, percent, size, write_report
 
 NUM_CLASSES = 10
 BACKBONE_BYTES = 1_069_956
@@ -394,3 +394,7 @@ def test_numbers_are_written_for_people(written, expected):
 
 if __name__ == "__main__":  # a page to look at: python tests/evaluate/test_report.py FOLDER
     print(write_report(fake_run(Path(sys.argv[1]))))
+
+
+def test_a_whole_is_a_hundred_percent():
+    assert [percent(part, 1000) for part in (1000, 996, 990, 0.48)] == ["100 %", "100 %", "99 %", "0.048 %"]

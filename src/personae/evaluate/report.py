@@ -208,7 +208,10 @@ def duration(seconds: Any) -> str:
 
 
 def percent(part: Any, whole: Any) -> str:
-    return f"{100 * part / whole:.2g} %" if known(part) and known(whole) and whole else "–"
+    if not (known(part) and known(whole) and whole):
+        return "–"
+    share = 100 * part / whole
+    return f"{share:.0f} %" if share >= 99.5 else f"{share:.2g} %"
 
 
 def _median(clients: Mapping[str, Numbers], key: str) -> float | None:
