@@ -73,8 +73,11 @@ def test_by_attribute_hands_combinations_to_clients_at_random():
 def test_dirichlet_is_skewed_by_a_small_alpha_only():
     largest = {}
     for alpha in (0.1, 1000.0):
-        shares = [LABELS[part].bincount().max() / len(part)
-                  for seed in range(10) for part in dirichlet(LABELS, 4, alpha, stream(seed), min_images=1)]
+        shares = [
+            LABELS[part].bincount().max() / len(part)
+            for seed in range(10)
+            for part in dirichlet(LABELS, 4, alpha, stream(seed), min_images=1)
+        ]
         largest[alpha] = torch.stack(shares).mean()
     assert largest[0.1] > 0.5 and largest[1000.0] < 0.25
 
