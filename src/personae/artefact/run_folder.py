@@ -31,6 +31,7 @@ from personae.artefact.save import (
     read_json,
     read_metadata,
     save_state,
+    sync_file,
     write_bytes,
     write_json,
 )
@@ -47,6 +48,7 @@ class RunFolder:
         self._index: dict[str, str] = {}
         self._server: str | None = None
         self._replaced: list[str] = []
+        self._staged: dict[str, str] = {}
 
     # --- opening ---------------------------------------------------------------------------------------------
 
@@ -108,7 +110,8 @@ class RunFolder:
     def stage(self, client: str, round: int, kept: State) -> None:
         """Write what a client keeps after a round; it counts only once the round is committed."""
         name = f"clients/{client}.{round:06d}.safetensors"
-        save_state(self.path / "checkpoint" / name, kept)
+        save_state(self.path / "checkpoint" / name, kept, sync=False)
+        self._staged[client] = name
         if client in self._index:
             self._replaced.append(self._index[client])
         self._index[client] = name
@@ -124,6 +127,10 @@ class RunFolder:
         for stale in [*(self.path / "clients").glob("*.safetensors"), self.path / "cost.json"]:
             with explained(stale, "removing"):
                 stale.unlink(missing_ok=True)
+        for staged in self._staged.values():
+            sync_file(folder / staged)
+        if self._staged:
+            sync_file(folder / "clients")
         name = f"server.{round:06d}.safetensors"
         save_state(folder / name, server)
         manifest = {"format_version": FORMAT_VERSION, "round": round, "server": name, "clients": self._index}
@@ -131,7 +138,7 @@ class RunFolder:
         for old in [*self._replaced, *([self._server] if self._server else [])]:
             with suppress(OSError):
                 (folder / old).unlink()
-        self._server, self._replaced = name, []
+        self._server, self._replaced, self._staged = name, [], {}
 
     def restore(self) -> tuple[int, State, list[dict[str, Any]]] | None:
         """(last committed round, the server's state after it, the rounds' records), and the folder set back to it.

@@ -39,9 +39,10 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write atomically: temporary file, fsync, rename, fsync of the folder.
 
+    Without `sync` a power cut may lose the file, though a kill does not; `sync_file` makes up for it.
     Raises: ArtefactError, when the disk is full or read-only; the old file is then untouched.
     """
     partial = path.with_name(path.name + PARTIAL)
@@ -50,17 +51,29 @@ def write_bytes(path: Path, data: bytes) -> None:
             with open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):
                 partial.unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if sync:
+            _fsync(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file that was written without `sync` outlast a power cut; its folder needs the same."""
+    with explained(path, "writing"):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -124,10 +137,10 @@ def _separate(parts: Mapping[str, Arrays]) -> dict[str, Tensor]:
     return tensors
 
 
-def save_state(path: Path, state: State, **about: str) -> int:
+def save_state(path: Path, state: State, *, sync: bool = True, **about: str) -> int:
     """Write a State; `about` are further lines of metadata. Returns the size in bytes."""
     data = state_bytes(state, **about)
-    write_bytes(path, data)
+    write_bytes(path, data, sync=sync)
     return len(data)
 
 
