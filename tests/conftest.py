@@ -18,6 +18,7 @@ TINY = (
     "evaluation.loss_draws=1",
     "evaluation.kid_subsets=2",
     "machine.threads=1",
+    "machine.checkpoint_every=1",
 )
 """Overrides that make a few seconds of the quickstart."""
 
