@@ -33,7 +33,7 @@ def kill_at(call: str, number: int, when: str) -> None:
         nonlocal calls
         calls += 1
         if calls == number and when == "half":
-            os.ftruncate(target, os.fstat(target).st_size // 2)
+            os.truncate(target, os.stat(target).st_size // 2)
         if calls != number or when == "after":
             real(target, *rest)
         if calls == number:
