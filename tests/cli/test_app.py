@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,10 @@ def test_every_command_explains_itself_on_one_screen(command, name):
     assert max(map(len, out.splitlines())) <= 80
 
 
+LOCKED = f"typer=={metadata.version('typer')}\n" in (ROOT / "requirements.lock").read_text("utf-8")
+
+
+@pytest.mark.skipif(not LOCKED, reason="every typer lays its pages out differently; compared under the locked one")
 def test_the_written_help_is_what_make_docs_writes(tmp_path):
     options = ["utils", "docs", "--name", "personae", "--output", "cli.md"]
     subprocess.run(

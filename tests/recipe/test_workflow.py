@@ -301,7 +301,7 @@ def test_a_run_that_is_not_done_says_how_to_continue_it(tiny_run, copy_of):
 STOCK = """
 import sys
 sys.modules["personae"] = None  # an import of ours fails, installed or not
-import torch
+import safetensors.torch, torch  # diffusers 0.32 reads through the first without importing it
 from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained(sys.argv[1])
 drawn = pipeline(batch_size=1, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))
