@@ -429,9 +429,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Round:
-    """What a watcher sees when a client has finished, and (with `done`) when its round has.
+    """What a watcher sees when a client has finished, and (with `done`) when its round or stage has.
 
-    `stage` is "train" or "personalize"; bytes and seconds are of this round so far.
+    Bytes and seconds are of this round so far.
     """
 
     stage: Literal["train", "personalize", "evaluate"]

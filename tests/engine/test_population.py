@@ -93,7 +93,14 @@ def test_pooled_personalizes_every_client_with_its_own_images():
     assert Pooled(population).client("c1", "personalize", 0).data is population.data["c1"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b"])
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b", "anna-real"])
 def test_a_name_that_cannot_be_a_file_is_refused(name):
     with pytest.raises(ConfigError, match="names that cannot be files"):
         Population(model=None, data={name: None}, train=[name])
+
+
+def test_nobody_may_be_called_as_the_pooled_data_are():
+    population = tiny_population()
+    named = replace(population, train=[POOLED], new=(), data={POOLED: population.data["c0"]})
+    with pytest.raises(ConfigError, match="rename it"):
+        Pooled(named)

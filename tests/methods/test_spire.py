@@ -36,12 +36,18 @@ def test_the_moments_of_the_embedding_go_on_from_round_to_round(tmp_path):
     assert one[f"moments.step.{EMBEDDING}"] == 3 and two[f"moments.step.{EMBEDDING}"] == 6
 
 
-def test_warm_up_leaves_the_random_codes_alone():
-    population = tiny_population()
+def test_warm_up_leaves_the_random_codes_alone(tmp_path):
     for rounds, warm in ((2, True), (3, False)):
-        run = InProcess().run(tiny_job(replace(METHOD, embedding_warmup_rounds=2), population, rounds=rounds))
-        for name in population.train:
-            assert torch.equal(run.personal[name].params[EMBEDDING], code(population, name)) == warm
+        kept = kept_after(replace(METHOD, embedding_warmup_rounds=2), tmp_path / str(rounds), rounds)
+        assert torch.equal(kept.params[EMBEDDING], code(tiny_population(), "c0")) == warm
+        assert kept.facts == {"trained": not warm}
+
+
+def test_a_client_whose_vector_never_moved_adapts_like_a_new_one():
+    """Its random code says nothing about it."""
+    never = replace(METHOD, embedding_warmup_rounds=2, adapt=Training(0, 1e-2, 4))
+    run = InProcess().run(tiny_job(never, rounds=2))
+    assert torch.equal(run.personal["c0"].params[EMBEDDING], run.server.params[NULL_EMBEDDING])
 
 
 def test_a_new_client_starts_at_the_null_vector():

@@ -24,17 +24,18 @@ RESULTS = [
 
 # A write is fsync, replace, fsync of the folder. Writes 1 and 2 commit round 0. Five replaces are a round: 3 clients,
 # the server, and checkpoint.json, which commits it; after round 12 come the released model (63) and four clients.
-# Clients are synced when their round is committed: eight fsyncs are a round, three clients, their folder, two writes.
+# Clients are synced when their round is committed: nine fsyncs are a round: the records, 3 clients, their folder, two
+# writes.
 SAVES = {
     "before a round is committed": "replace:7:before",
     "after a round is committed": "replace:12:after",
     "in a client's checkpoint": "replace:10:half",
-    "in the server's checkpoint": "fsync:33:half",
-    "in checkpoint.json": "fsync:35:half",
+    "in the server's checkpoint": "fsync:37:half",
+    "in checkpoint.json": "fsync:39:half",
     "after a client's checkpoint": "replace:25:after",
-    "before a folder is on disk": "fsync:56:before",
+    "before a folder is on disk": "fsync:63:before",
     "before the released model": "replace:63:before",
-    "in a client's personal file": "fsync:103:half",
+    "in a client's personal file": "fsync:115:half",
     "after a client's personal file": "replace:66:after",
 }
 

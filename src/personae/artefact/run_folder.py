@@ -127,6 +127,8 @@ class RunFolder:
         for stale in [*(self.path / "clients").glob("*.safetensors"), self.path / "cost.json"]:
             with explained(stale, "removing"):
                 stale.unlink(missing_ok=True)
+        if (self.path / "rounds.jsonl").is_file():
+            sync_file(self.path / "rounds.jsonl")
         for staged in self._staged.values():
             sync_file(folder / staged)
         if self._staged:

@@ -13,8 +13,8 @@ from personae.errors import ConfigError
 
 POOLED = "pooled"
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-"""What a client may be called, since files are named after it."""
+SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""What a client may be called, since files are named after it; "-real" and "-before" name its grids of samples."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Population:
             problems.append(f"names are used twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
         if unsafe := [name for name in names if not SAFE_NAME.fullmatch(name)]:
             problems.append(
-                f"names that cannot be files: {', '.join(map(repr, unsafe))}; use letters, digits, '.', '_' and '-'"
+                f"names that cannot be files: {', '.join(map(repr, unsafe))}; use letters, digits, '.', '_' and '-', "
+                "and another ending than -real and -before"
             )
         if lost := [name for name in names if name not in self.data]:
             problems.append(f"no data for {', '.join(lost)}")
@@ -74,6 +75,10 @@ class Pooled:
     """
 
     members: Population
+
+    def __post_init__(self) -> None:
+        if POOLED in (*self.members.train, *self.members.new):
+            raise ConfigError(f"a client is called {POOLED!r}, as the pooled data are; rename it")
 
     @property
     def train(self) -> Sequence[str]:

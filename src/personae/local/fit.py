@@ -84,6 +84,10 @@ def fit(client: Client, train: Select, how: Training, moments: Arrays | None = N
                 f"lower the learning rate (now {how.lr:g})"
             )
     model.train(False)
+    if not all(math.isfinite(parameter.detach().sum().item()) for parameter in parameters):
+        raise FederationError(
+            f"client {client.name!r}: a trained parameter is not finite; lower the learning rate (now {how.lr:g})"
+        )
     return Fitted(total / how.steps if how.steps else math.nan, _moments(optimizers, moving))
 
 

@@ -66,7 +66,8 @@ class Spire:
         fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
         shared, own = divide(client.model.params(), self.personal)
         moments = pick(fitted.moments, lambda name: name.endswith(EMBEDDING) and not name.endswith(NULL_EMBEDDING))
-        return client.update(State(shared), loss=fitted.loss), State(own, moments)
+        trained = warm or bool(kept.facts.get("trained", False))
+        return client.update(State(shared), loss=fitted.loss), State(own, moments, {"trained": trained})
 
     def aggregate(self, server: State, updates: Updates) -> State:
         return State(updates.combined(), facts={"round": int(server.facts["round"]) + 1})
@@ -75,7 +76,7 @@ class Spire:
         return server
 
     def personalize(self, client: Client, got: State, kept: State) -> State:
-        if kept.params:
+        if kept.facts.get("trained"):
             return State(kept.params)
         client.model.load({**client.model.params(), EMBEDDING: got.params[NULL_EMBEDDING]})
         fit(client, self.personal, self.adapt)

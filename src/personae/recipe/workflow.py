@@ -186,10 +186,13 @@ class SavedRun:
             raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
         own = self._read(name, Path(data))
         personal = personalize_one(self._job_of(name, own), self._released, State(), name)
-        backbone = read_metadata(self.folder / "server.safetensors")["backbone"]
-        RunFolder(self.folder).save_personal(name, personal, backbone)
-        added = {**self._added(), name: str(Path(data).resolve())}
-        write_json(self.folder / "added.json", added)
+        folder, backbone = RunFolder(self.folder), read_metadata(self.folder / "server.safetensors")["backbone"]
+        folder.hold()
+        try:
+            write_json(self.folder / "added.json", {**self._added(), name: str(Path(data).resolve())})
+            folder.save_personal(name, personal, backbone)  # last: what has this file is complete
+        finally:
+            folder.release()
         return self._figures(name, "new", own)
 
     def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
@@ -228,7 +231,7 @@ class SavedRun:
         started = time.perf_counter()
         roles = dict.fromkeys(clients.train, "train") | dict.fromkeys(clients.new, "new")
         data = dict(clients.data)
-        for name, path in self._added().items():
+        for name, path in ((n, p) for n, p in self._added().items() if n in self.clients):
             roles[name], data[name] = "new", self._read(name, Path(path))
         figures: dict[str, Any] = {}
         for name, role in roles.items():
