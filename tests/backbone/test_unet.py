@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch.func import functional_call, grad, vmap
 from personae.backbone import unet
 from personae.backbone.schedule import schedule
 from personae.backbone.unet import PLACES, open_folder, preset
-from personae.core import Batch, pick, stream, under
+from personae.core import Batch, Client, ClientData, Images, Training, everything, pick, stream, under
 from personae.errors import ArtefactError, ConfigError, MismatchedNames, ShapeError
+from personae.local.fit import fit
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
 TIME_WIDTH = 64  # 4 x the 16 channels of LAYERS
@@ -238,13 +240,20 @@ def test_an_unknown_preset_lists_the_known_ones():
 
 
 @pytest.mark.slow
-def test_the_paper_preset_takes_a_step():
+@pytest.mark.timeout(600)
+def test_the_paper_preset_trains_for_twenty_steps():
+    """Ten of the whole model, then ten of a new client's vector alone, which leave the rest in its bits."""
     model = preset("paper", schedule(), size=32, channels=3, embedding_width=512)
     model.load(model.initial(stream(0)))
-    x_t = torch.randn(1, 3, 32, 32, generator=stream(1))
-    model.forward(x_t, torch.tensor([500]), own(model, 1)).square().mean().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.live().values())
-    assert model.live()[EMBEDDING].grad.abs().max() > 0
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=stream(1))
+    client = Client("c0", ClientData(Images(pixels), Images(pixels)), model, stream(2))
+    start = model.params()
+    assert math.isfinite(fit(client, everything, Training(10, 1e-4, 1)).loss)
+    trained = model.params()
+    assert not any(torch.equal(trained[name], start[name]) for name in (EMBEDDING, "conv_in.weight", "conv_out.weight"))
+    assert math.isfinite(fit(client, under("embedding."), Training(10, 1e-2, 1)).loss)
+    after = model.params()
+    assert [name for name in after if not torch.equal(after[name], trained[name])] == [EMBEDDING]
 
 
 # --- values ------------------------------------------------------------------------------------------------------
