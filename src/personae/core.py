@@ -167,6 +167,10 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     since: int = 0
 
+    def num_bytes(self) -> int:
+        """Everything that leaves the client: the State, its metrics like facts, and 8 bytes for `num_examples`."""
+        return self.sent.num_bytes() + State(facts=self.metrics).num_bytes() + 8
+
 
 class Updates(Protocol):
     """A round's accepted updates. They are walked once, in client-name order, by exactly one of these calls."""

@@ -6,6 +6,7 @@ import torch
 
 from personae.aggregate import RULES, mean, uniform_mean
 from personae.core import State, Update, stream
+from personae.errors import EmptyRound
 
 
 def update(weight, **params):
@@ -66,3 +67,9 @@ def test_shapes_and_types_are_kept():
     params = {"scalar": torch.tensor(1.0), "matrix": torch.ones(2, 3), "double": torch.ones(2, dtype=torch.float64)}
     averaged = mean([Update("a", 1, State(params)), Update("b", 2, State(params))])
     assert {n: (v.shape, v.dtype) for n, v in averaged.items()} == {n: (v.shape, v.dtype) for n, v in params.items()}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_nothing_to_average_is_no_average(rule):
+    with pytest.raises(EmptyRound, match="there are no updates to combine"):
+        rule([])

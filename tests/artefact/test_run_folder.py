@@ -173,8 +173,12 @@ def test_a_personal_file_knows_the_backbone_it_belongs_to(folder):
 
 def test_results_of_an_earlier_end_go_when_training_goes_on(folder):
     run, _ = reopened(folder)
-    run.save_personal("c0", state(2), "same")
+    for name in ("c0", "added"):
+        run.save_personal(name, state(2), "same")
     run.complete({})
+    (folder / "summary.json").write_text("{}")
     assert run.is_complete()
     play(run, 3)
-    assert not run.has_personal("c0", "same") and not run.is_complete()
+    assert not run.is_complete() and not (folder / "summary.json").exists()
+    assert not run.has_personal("c0", "same")  # it trained on
+    assert run.has_personal("added", "same") and not run.has_personal("added", "another")

@@ -1,20 +1,28 @@
 import json
 import math
+import typing
+from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personae.backbone import unet
+from personae.backbone.places import GATE_RANK, PLACES, Token
 from personae.backbone.schedule import schedule
-from personae.backbone.unet import PLACES, open_folder, preset
+from personae.backbone.unet import PRESETS, UNetDenoiser, open_folder, preset, save_pipeline
 from personae.core import Batch, Client, ClientData, Images, Training, everything, pick, stream, under
 from personae.errors import ArtefactError, ConfigError, MismatchedNames, ShapeError
 from personae.local.fit import fit
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
+from personae.recipe import schema
+from personae.testing import check_denoiser
 
+FOLDABLE = [place for place in PLACES if place != "token"]
 TIME_WIDTH = 64  # 4 x the 16 channels of LAYERS
 LAYERS = {
     "sample_size": 8,
@@ -51,8 +59,14 @@ def own(model, count):
     return model.condition(Batch(torch.zeros(count), torch.zeros(count, dtype=torch.bool)))
 
 
-def tiny(place="time", width=8, **options):
-    model = preset("tiny", schedule(), size=8, channels=1, embedding_width=width, place=place, **options)
+def tiny(place="time", width=8, scale_shift=False):
+    """The smallest preset; for "token", which needs attention, a U-Net as small that has some."""
+    if place == "token":
+        layers = drawn(resnet_time_scale_shift="scale_shift" if scale_shift else "default")
+        model = UNetDenoiser(layers, schedule(), embedding_width=width, place=place)
+    else:
+        options = {"embedding_width": width, "place": place, "scale_shift": scale_shift}
+        model = preset("tiny", schedule(), size=8, channels=1, **options)
     model.load(model.initial(stream(0)))
     return model
 
@@ -107,6 +121,13 @@ def test_a_class_conditional_model_is_refused(tmp_path, classes):
     DDPMScheduler().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="already takes class labels"):
         open_folder(tmp_path, embedding_width=4)
+
+
+def test_a_model_with_dropout_is_refused(tmp_path):
+    drawn(dropout=0.1).save_pretrained(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has dropout 0\.1.*set dropout to 0 in .*config\.json"):
+        open_folder(tmp_path)
 
 
 def test_a_folder_without_a_scheduler_is_refused(tmp_path):
@@ -172,8 +193,55 @@ def test_every_image_is_bent_by_its_own_vector(inputs, place):
 
 
 def test_an_unknown_place_is_refused():
-    with pytest.raises(ConfigError, match="expected one of time, blocks, input"):
+    with pytest.raises(ConfigError, match="expected one of time, blocks, input, token, gate"):
         tiny("output")
+
+
+def test_a_recipe_may_name_every_place():
+    assert typing.get_args(typing.get_type_hints(schema.Embedding)["place"]) == PLACES == typing.get_args(unet.Place)
+
+
+def test_a_token_is_refused_where_there_is_no_attention():
+    """The message names the presets that have some, and no other."""
+    refused = r'no attention layers \(the presets "small" and "paper" have some\).* place: time, blocks, input, gate$'
+    options = {"size": 8, "channels": 1, "embedding_width": 4, "place": "token"}
+    with torch.device("meta"):
+        for name in PRESETS:
+            with nullcontext() if name in ("small", "paper") else pytest.raises(ConfigError, match=refused):
+                preset(name, schedule(), **options)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_keeps_the_contract_of_denoisers(inputs, place):
+    one_level = {"block_out_channels": (16,), "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    layers = drawn(**one_level, class_embed_type="identity" if place == "time" else None)  # with attention midway
+    check_denoiser(
+        lambda: UNetDenoiser(deepcopy(layers), schedule(), embedding_width=8, place=place),
+        Batch(inputs[0], torch.tensor([False, True, False])),
+    )
+
+
+@torch.no_grad()
+def test_a_token_adds_its_value_by_its_share_of_the_attention():
+    """Against one head and one pixel after another, with the softmax written out."""
+    attention = drawn().mid_block.attentions[0]
+    head = Token(attention, 3)
+    head.weight.copy_(torch.randn(head.weight.shape, generator=stream(0)))
+    x, vectors = torch.randn(2, 16, 4, 4, generator=stream(1)), torch.randn(2, 3, generator=stream(2))
+    got = head(vectors, attention, x, torch.zeros_like(x))
+    pixels = attention.group_norm(x.flatten(2)).transpose(1, 2)
+    query, keys = attention.to_q(pixels), attention.to_k(pixels)
+    key, value = (vectors @ head.weight.T).chunk(2, dim=1)
+    width = 16 // attention.heads
+    for image in range(2):
+        for pixel in range(16):
+            seen = torch.zeros(16)
+            for part in (slice(h * width, (h + 1) * width) for h in range(attention.heads)):
+                all_keys = torch.cat([keys[image, :, part], key[image : image + 1, part]])
+                share = (all_keys @ query[image, pixel, part] / width**0.5).softmax(0)[-1]
+                seen[part] = share * value[image, part]
+            expected = attention.to_out[0].weight @ seen
+            assert torch.allclose(got[image].flatten(1)[:, pixel], expected, atol=1e-5)
 
 
 # --- folding -----------------------------------------------------------------------------------------------------
@@ -182,7 +250,7 @@ def test_an_unknown_place_is_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("width", [5, 128], ids=["narrow", "as wide as time"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", FOLDABLE)
 def test_folded_equals_unfolded_and_survives_stock_diffusers(tmp_path, inputs, place, width, scale_shift):
     model = tiny(place, width, scale_shift=scale_shift)
     folded = model.folded()
@@ -199,6 +267,31 @@ def test_folding_leaves_the_model_alone(inputs):
     before = model.params()
     model.folded().conv_in.bias += 1
     assert all(torch.equal(before[name], value) for name, value in model.params().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", FOLDABLE)
+def test_a_saved_pipeline_opens_in_stock_diffusers_and_here(tmp_path, inputs, place):
+    model = tiny(place)
+    save_pipeline(model, tmp_path / "anna")
+    expected = model.forward(*inputs, own(model, 3))
+    stock = DDPMPipeline.from_pretrained(tmp_path / "anna").unet
+    assert torch.allclose(stock(*inputs).sample, expected, atol=2e-6)
+    assert torch.equal(open_folder(tmp_path / "anna").forward(*inputs, None), stock(*inputs).sample)
+
+
+def test_a_token_is_not_exported_and_nothing_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"train with one of time, blocks, input, gate$"):
+        save_pipeline(tiny("token"), tmp_path / "anna")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_changes_the_second_convolutions_alone_and_by_its_rank():
+    model = tiny("gate")
+    plain = dict(model.unet.named_parameters())
+    changed = {n: p - plain[n] for n, p in model.folded().named_parameters() if not torch.equal(p, plain[n])}
+    assert changed.keys() == {n for n in plain if n.endswith(".conv2.weight")}
+    assert {int(torch.linalg.matrix_rank(c.flatten(1), rtol=1e-5)) for c in changed.values()} == {GATE_RANK}
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------
@@ -218,7 +311,7 @@ def test_presets_have_their_published_size(name, millions):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_new_client_trains_few_numbers(place):
     with torch.device("meta"):
-        small = preset("tiny", schedule(), size=8, channels=1, embedding_width=128, place=place).live()
+        small = preset("small", schedule(), size=8, channels=1, embedding_width=128, place=place).live()
         paper = preset("paper", schedule(), size=32, channels=3, embedding_width=512, place=place).live()
     personal = under("embedding.")
     assert count(pick(small, personal)) == 128 <= 1024
@@ -277,6 +370,14 @@ def test_initial_values_come_from_the_stream_and_leave_the_global_generator_alon
     assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
 
 
+def test_building_opening_and_folding_leave_the_global_generator_alone(folder):
+    state = torch.get_rng_state()
+    opened = open_folder(folder, embedding_width=5)
+    tiny("blocks").folded()
+    opened.folded()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_load_refuses_another_models_values_before_anything_changes():
     model = tiny()
     before = model.params()
@@ -298,6 +399,16 @@ def test_params_are_copies_and_live_are_the_parameters():
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_zero_vector_can_learn(inputs, place):
+    """The null vector starts from zero: no place may make that a point that gradients do not leave."""
+    model = tiny(place)
+    everybody = model.condition(Batch(inputs[0], torch.ones(3, dtype=torch.bool)))
+    model.forward(*inputs, everybody).square().mean().backward()
+    assert model.live()[NULL_EMBEDDING].grad.abs().min() > 1e-6
+
+
+@sdpa_kernel(SDPBackend.MATH)  # the others have no rule for vmap yet
 @pytest.mark.parametrize("place", PLACES)
 def test_per_example_gradients_of_the_vector_match_one_backward_pass_each(inputs, place):
     model, (x_t, t) = tiny(place), inputs

@@ -13,7 +13,9 @@ def test_shares_not_counts_are_compared():
 
 
 def test_class_histogram_counts_classes_that_do_not_occur():
-    by_pixel = Features("pixel", lambda images: images.flatten(1).float(), lambda images: images.flatten().long(), 4)
+    by_pixel = Features(
+        "pixel", lambda images: images.flatten(1).float(), lambda images: images.flatten().long(), tuple("abcd")
+    )
     images = torch.tensor([1, 1, 2], dtype=torch.uint8).view(-1, 1, 1, 1)
     assert class_histogram(by_pixel, images).tolist() == [0, 2, 1, 0]
 

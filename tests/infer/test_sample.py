@@ -7,7 +7,7 @@ from personae.backbone.mlp import MLPDenoiser
 from personae.backbone.schedule import schedule
 from personae.core import Batch, Images, stream
 from personae.errors import ConfigError
-from personae.infer.sample import SAMPLERS, sample, to_bytes
+from personae.infer.sample import SAMPLERS, check_steps, sample, to_bytes
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
 # diffusers' DPM-Solver hands torch tensors to numpy in a way that numpy is about to drop.
@@ -49,7 +49,7 @@ def test_every_sampler_is_the_one_of_diffusers(sampler, steps, prediction_type):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 7, 40])
+@pytest.mark.parametrize("steps", [1, 8, 40])
 def test_sampling_starts_where_training_is_noisiest(monkeypatch, sampler, steps):
     model, seen = made(), []
     forward = model.forward
@@ -58,13 +58,21 @@ def test_sampling_starts_where_training_is_noisiest(monkeypatch, sampler, steps)
     assert seen[0] == 39 and len(seen) == steps and seen == sorted(set(seen), reverse=True)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_count_of_steps_that_diffusers_rounds_below_zero_still_ends_in_images(sampler):
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("steps", "near"), [(61, "50 or 40"), (600, "500 or 250"), (999, "1000 or 500"), (7, "8 or 5")]
+)
+def test_steps_that_leave_a_remainder_are_refused(sampler, steps, near):
+    with pytest.raises(ConfigError, match=f"{steps} sampling steps do not divide the 1000 timesteps.*take {near}"):
+        check_steps(sampler, steps, 1000)
+
+
+def test_a_count_of_steps_that_diffusers_rounds_below_zero_still_ends_in_images():
     """61 steps of 1000: without care the mixture's points all end near 0."""
     means = torch.tensor([[4.0, 0.0], [-4.0, 0.0]])
     model = MixtureDenoiser(means, schedule(clip_sample=False))
     model.load(model.initial(stream(0)))
-    images = sample(model, 400, stream(1), sampler=sampler, steps=61, batch_size=400)
+    images = sample(model, 400, stream(1), sampler="dpmsolver++", steps=61, batch_size=400)
     assert abs((images[:, 0] > 0).float().mean() - 0.5) < 0.1
     assert images[:, 0].abs().mean() == pytest.approx(4, abs=0.2)
     assert images[:, 1].std() == pytest.approx(1, abs=0.15)

@@ -12,10 +12,12 @@ from personae.testing.contract import differing
 METHOD = LocalOnly(Training(3, 1e-2, 4), Training(2, 1e-2, 4))
 
 
-def test_nothing_travels():
-    run = InProcess().run(tiny_job(METHOD))
+def test_no_tensor_travels():
+    run = InProcess().run(tiny_job(METHOD, rounds=1))
     assert not run.server.params
-    assert all(traffic.up == 0 and traffic.down == 0 for traffic in run.traffic.values())
+    for client in run.rounds[0]["clients"].values():
+        assert client["bytes_up"] == len(f"loss{client['loss']}") + 8  # and the number of images
+    assert all(traffic.down == 0 for traffic in run.traffic.values())
 
 
 def test_others_do_not_matter():

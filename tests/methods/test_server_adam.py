@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 
 from personae.aggregate.mean import mean
 from personae.core import State, Training, Update
 from personae.engine.in_process import Arriving
-from personae.methods import FedAvgFT, ServerAdam
+from personae.errors import ConfigError
+from personae.methods import FedAvgFT, Proximal, ServerAdam, ServerEma
 
 PLAIN = FedAvgFT(Training(1, 1e-2, 4), Training(1, 1e-2, 4))
 START = np.array([1.0, -2.0, 0.5])
@@ -42,3 +44,8 @@ def test_moments_stay_on_the_server():
     assert len(server.extras) == 2
     for sent in (ServerAdam(PLAIN, 0.3).broadcast(server, "c0"), ServerAdam(PLAIN, 0.3).release(server)):
         assert list(sent.params) == ["w"] and not sent.extras and not sent.facts
+
+
+def test_an_average_goes_outside():
+    with pytest.raises(ConfigError, match="server_adam goes inside server_ema"):
+        ServerAdam(Proximal(ServerEma(PLAIN, 0.9), 0.1), 1e-3)

@@ -213,6 +213,45 @@ def test_a_new_client_is_measured_with_the_others_afterwards(tiny_run, copy_of, 
     assert "anna" in run.report().read_text("utf-8")
 
 
+def test_an_added_client_whose_images_are_gone_keeps_its_figures(tiny_run, copy_of, photos):
+    run = personae.open_run(copy_of(tiny_run))
+    figures = run.personalize("anna", photos)
+    photos.rename(photos.with_name("elsewhere"))
+    assert run.evaluate()["clients"]["anna"] == figures
+
+
+def test_an_added_client_is_added_again_when_the_backbone_has_changed(tiny_run, copy_of, photos):
+    run = personae.open_run(copy_of(tiny_run))
+    run.personalize("anna", photos)
+    with pytest.raises(ConfigError, match="client 'anna' exists"):
+        run.personalize("anna", photos)
+    path = run.folder / "clients" / "anna.safetensors"
+    save_state(path, load_state(path), kind="personal", client="anna", backbone="0123456789abcdef")
+    with pytest.raises(ArtefactError, match=r"anna\.safetensors belongs to backbone 0123456789abcdef"):
+        run.evaluate()
+    run.personalize("anna", photos)
+    assert run.evaluate()["clients"]["anna"]["role"] == "new"
+
+
+def test_a_resume_with_another_version_says_so_and_is_written_down(tiny_run, copy_of):
+    folder = copy_of(tiny_run)
+    (folder / "cost.json").unlink()
+    path = folder / "environment.json"
+    began = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**began, "threads": 7, "versions": {**began["versions"], "torch": "1.0"}}), "utf-8")
+    with pytest.warns(UserWarning, match="began with torch 1.0, is now .*; threads 7, is now 1: it will not end in"):
+        workflow.resume(folder)
+    assert json.loads(path.read_text("utf-8"))["resumed_with"] == [began]
+    assert "<html" in (folder / "report.html").read_text("utf-8")
+
+
+def test_classes_are_counted_only_where_the_classifier_knows_them(tiny_run, copy_of):
+    folder = copy_of(tiny_run)
+    images = json.loads((folder / "images.json").read_text("utf-8"))
+    (folder / "images.json").write_text(json.dumps({**images, "label_names": list("abcdefghij")}), "utf-8")
+    assert personae.open_run(folder).evaluate()["clients"]["c0"]["sampled_labels"] is None
+
+
 def test_two_people_with_the_same_images_have_files_of_their_own(tiny_run, copy_of, photos):
     run = personae.open_run(copy_of(tiny_run))
     run.personalize("anna", photos)

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from personae.core import Arrays, Update
+from personae.errors import EmptyRound
 
 
 def mean(updates: Iterable[Update]) -> Arrays:
-    """Each client weighted by its number of examples. Source: McMahan et al. 2017, Algorithm 1."""
+    """Each client weighted by its number of examples. Source: McMahan et al. 2017, Algorithm 1.
+
+    Raises: EmptyRound.
+    """
     return _average(updates, lambda update: float(update.num_examples))
 
 
 def uniform_mean(updates: Iterable[Update]) -> Arrays:
-    """Every client weighted alike."""
+    """Every client weighted alike. Raises: EmptyRound."""
     return _average(updates, lambda update: 1.0)
 
 
@@ -30,4 +34,6 @@ def _average(updates: Iterable[Update], weight: Callable[[Update], float]) -> Ar
             for name, value in update.sent.params.items()
         }
         del update  # before the next client trains
+    if not total:
+        raise EmptyRound("there are no updates to combine; check the cohort, or which clients were asked for")
     return averaged

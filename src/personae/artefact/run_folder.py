@@ -123,8 +123,10 @@ class RunFolder:
     def commit(self, round: int, server: State) -> None:
         """Make the state after `round` the one that a resume starts from, then remove what it replaces."""
         folder = self.path / "checkpoint"
-        # A finished run that is given more rounds: what was personalized at its earlier end is no longer true.
-        for stale in [*(self.path / "clients").glob("*.safetensors"), self.path / "cost.json"]:
+        # A finished run that is given more rounds: what was counted and measured at its earlier end is no longer true.
+        # So are the personal files of those who trained on; any other names the backbone that it belongs to.
+        trained_on = [self.personal_path(client) for client in self._staged]
+        for stale in (self.path / "cost.json", self.path / "summary.json", *trained_on):
             with explained(stale, "removing"):
                 stale.unlink(missing_ok=True)
         if (self.path / "rounds.jsonl").is_file():

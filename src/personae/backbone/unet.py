@@ -1,12 +1,15 @@
 """diffusers' unconditional U-Net, opened for one vector per client.
 
-The vector may enter in three places:
+The vector may enter in one of five places:
 
 - "time":   added to the time embedding, so that every residual block receives it (diffusers' path for classes);
 - "blocks": its own scale and shift in every residual block, by shared linear heads;
-- "input":  as constant planes beside the image under a 1x1 first layer, that is, a shift of the first convolution.
+- "input":  as constant planes beside the image under a 1x1 first layer, that is, a shift of the first convolution;
+- "token":  one more key and value in every attention layer;
+- "gate":   how far every residual block's second convolution moves along a few shared directions of rank one.
 
-All three can be folded into the weights of an ordinary U-Net for one client (`folded`).
+All but "token" can be folded into the weights of an ordinary U-Net for one client (`folded`). `places.py` holds all but
+"time".
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from personae.backbone.parts import copies, load_into
+from personae.backbone.places import Head, heads
 from personae.backbone.schedule import Schedule, load_schedule
 from personae.core import Arrays, Batch, Cond, Select, everything, pick
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.personal.embedding import ClientEmbedding
 
-Place = Literal["time", "blocks", "input"]
-PLACES = ("time", "blocks", "input")
+Place = Literal["time", "blocks", "input", "token", "gate"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # 8x8 digits on a laptop: 0.27 M parameters.
@@ -78,15 +81,14 @@ class UNetDenoiser(nn.Module):
         super().__init__()
         self.unet, self.schedule, self.place = unet, schedule, place
         self.part: ClientEmbedding | None = None
-        self.embedding_heads = nn.ModuleDict()
+        self._heads: dict[str, Head] = {}
         if embedding_width is not None:
-            if place not in PLACES:
-                raise ConfigError(f"place is {place!r}; expected one of {', '.join(PLACES)}")
             time_width = unet.time_embedding.linear_2.out_features
             self.part = ClientEmbedding(embedding_width, time_width if place == "time" else embedding_width, start)
-            for name, width in _heads(unet, place).items():
-                head = self.embedding_heads[name.replace(".", "-")] = nn.Linear(embedding_width, width, bias=False)
-                _listen(unet.get_submodule(name), head, self)
+            self._heads = heads(unet, place, embedding_width)
+        for name, head in self._heads.items():
+            _listen(unet.get_submodule(name), head, self)
+        self.embedding_heads = nn.ModuleDict({name.replace(".", "-"): head for name, head in self._heads.items()})
         self._vectors: Tensor | None = None
         self._live = {**dict(unet.named_parameters())}
         if self.part is not None:
@@ -137,7 +139,7 @@ class UNetDenoiser(nn.Module):
         values = dict(self.part.initial(rng)) if self.part is not None else {}
         for name, head in self.embedding_heads.named_parameters():
             # Zero heads would pass no gradient to the embedding; unit variance is that of the random codes.
-            values[f"embedding_heads.{name}"] = torch.randn(head.shape, generator=rng) / head.shape[1] ** 0.5
+            values[f"embedding_heads.{name}"] = torch.randn(head.shape, generator=rng) / head[0].numel() ** 0.5
         if any(only(name) for name in self._live.keys() - values.keys()):
             values |= self._pretrained or _drawn(self.unet, seed)
         return pick(values, only)
@@ -155,11 +157,15 @@ class UNetDenoiser(nn.Module):
         load_into(self._live, params)
 
     @torch.no_grad()
+    @torch.random.fork_rng(devices=[])  # diffusers draws weights, which are then overwritten
     def folded(self) -> UNet2DModel:
         """An ordinary U-Net that draws this client's distribution, with the vector folded into its weights.
 
-        "time": into the bias of the time embedding's last layer; "blocks": into the second norm of each residual
-        block; "input": into the bias of the first convolution. Equal to the unfolded model up to rounding.
+        "time": into the bias of the time embedding's last layer; "blocks": into the second norm of each residual block;
+        "input": into the bias of the first convolution; "gate": into the second convolution of each residual block.
+        Equal to the unfolded model up to rounding.
+
+        Raises: ConfigError, for "token".
         """
         config = {**self.unet.config, "class_embed_type": None}
         plain = UNet2DModel.from_config(config)
@@ -167,19 +173,13 @@ class UNetDenoiser(nn.Module):
         if self.part is None:
             return plain.eval()
         device = next(iter(self._live.values())).device
-        vector = self.part(torch.zeros(1, dtype=torch.bool, device=device)).cpu()
+        plain.to(device)
+        vector = self.part(torch.zeros(1, dtype=torch.bool, device=device))
         if self.place == "time":
             plain.time_embedding.linear_2.bias += vector[0]
-        for key, head in self.embedding_heads.items():
-            module = plain.get_submodule(key.replace("-", "."))
-            change = (vector @ head.weight.cpu().T)[0]
-            if self.place == "blocks":
-                scale, shift = change.chunk(2)
-                module.bias.mul_(1 + scale).add_(shift)
-                module.weight.mul_(1 + scale)
-            else:
-                module.bias += change
-        return plain.eval()
+        for name, head in self._heads.items():
+            head.fold(vector, plain.get_submodule(name))
+        return plain.cpu().eval()
 
 
 def _drawn(unet: UNet2DModel, seed: int) -> dict[str, Tensor]:
@@ -189,32 +189,16 @@ def _drawn(unet: UNet2DModel, seed: int) -> dict[str, Tensor]:
         return copies(dict(UNet2DModel.from_config(unet.config).named_parameters()))
 
 
-def _heads(unet: UNet2DModel, place: Place) -> dict[str, int]:
-    """Which modules the vector reaches by a linear head of its own, and how many numbers each takes."""
-    if place == "input":
-        return {"conv_in": unet.conv_in.out_channels}
-    if place == "blocks":
-        return {
-            name: 2 * m.num_channels
-            for name, m in unet.named_modules()
-            if name.endswith(".norm2") and isinstance(m, nn.GroupNorm)
-        }
-    return {}
+def _listen(module: nn.Module, head: Head, owner: UNetDenoiser) -> None:
+    """Let the output of `module` be bent by the vectors of the current call."""
 
-
-def _listen(module: nn.Module, head: nn.Module, owner: UNetDenoiser) -> None:
-    """Let the output of `module` be shifted (and scaled, after a norm) by the vectors of the current call."""
-
-    def bend(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        change = head(owner._vectors)[:, :, None, None]
-        if owner.place == "input":
-            return output + change
-        scale, shift = change.chunk(2, dim=1)
-        return output * (1 + scale) + shift
+    def bend(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return head(owner._vectors, module, inputs[0], output)
 
     module.register_forward_hook(bend)
 
 
+@torch.random.fork_rng(devices=[])  # a model is built to be loaded: what it draws here is nobody's
 def preset(
     name: str,
     schedule: Schedule,
@@ -228,7 +212,7 @@ def preset(
 ) -> UNetDenoiser:
     """A fresh U-Net. `size` is the height and width in pixels; `scale_shift` makes blocks modulate, not only shift.
 
-    Raises: ConfigError, when the name is unknown or the picture cannot be halved often enough.
+    Raises: ConfigError, when the name is unknown, the picture cannot be halved often enough, or nothing is at `place`.
     """
     if name not in PRESETS:
         raise ConfigError(f"backbone preset is {name!r}; expected one of {', '.join(PRESETS)}")
@@ -250,6 +234,7 @@ def preset(
     return UNetDenoiser(unet, schedule, embedding_width=embedding_width, place=place, start=start)
 
 
+@torch.random.fork_rng(devices=[])  # diffusers draws weights, then reads them
 def open_folder(
     folder: Path,
     *,
@@ -261,7 +246,8 @@ def open_folder(
 
     With a zero vector the opened model gives the same bits as the plain one.
 
-    Raises: ArtefactError, when the folder is not such a folder; ConfigError, when the U-Net already takes class labels.
+    Raises: ArtefactError, when the folder is not such a folder; ConfigError, when the U-Net already takes class labels,
+    has dropout, or nothing at `place`.
     """
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
@@ -275,6 +261,12 @@ def open_folder(
         raise ArtefactError(f"{unet_folder} holds a {config['_class_name']}; expected an unconditional UNet2DModel")
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         raise ConfigError(f"the U-Net in {unet_folder} already takes class labels; an unconditional one is expected")
+    if config.get("dropout"):
+        # Its masks come from torch's global generator: a resumed run would not end in the same bits.
+        raise ConfigError(
+            f"the U-Net in {unet_folder} has dropout {config['dropout']:g}, which cannot be repeated exactly; "
+            f"set dropout to 0 in {unet_folder / 'config.json'}"
+        )
     opened = {"class_embed_type": "identity"} if embedding_width is not None and place == "time" else {}
     try:
         unet, found = UNet2DModel.from_pretrained(
@@ -301,7 +293,7 @@ def open_folder(
 def save_pipeline(model: UNetDenoiser, folder: Path) -> None:
     """Write what the model has loaded as a diffusers pipeline, which stock `DDPMPipeline.from_pretrained` reads.
 
-    Raises: ArtefactError, when the folder exists and is not empty.
+    Raises: ArtefactError, when the folder exists and is not empty; ConfigError, when the vector cannot be folded.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -235,11 +236,17 @@ def main() -> None:
     from personae.errors import PersonaeError
 
     signal.signal(signal.SIGINT, _stop)
+    warnings.formatwarning = _note
     try:
         app()
     except PersonaeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as one sentence, instead of Python's two lines, whose second is our source."""
+    return f"note: {message}\n"
 
 
 def _stop(*_: object) -> None:

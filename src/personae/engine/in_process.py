@@ -95,7 +95,7 @@ def _round(
             clients[name] = {
                 "loss": update.metrics.get("loss"),
                 "num_examples": update.num_examples,
-                "bytes_up": update.sent.num_bytes(),
+                "bytes_up": update.num_bytes(),
                 "bytes_down": down,
             }
             watch(_progress(job, "train", number, name, clients, len(cohort), started, done=False))

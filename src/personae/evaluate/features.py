@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu, relu6
 
 from personae.artefact.save import load_arrays
+from personae.data.sources import DIGIT_NAMES, FASHION_NAMES
 from personae.errors import ArtefactError, ConfigError, ShapeError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -34,7 +35,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Features:
-    """A named map from images to vectors, and to classes where it knows any.
+    """A named map from images to vectors, and to classes where it knows any, in the order of `label_names`.
 
     Shapes: `extract` takes uint8 [N, C, H, W] with C of 1 or 3 and gives float32 [N, F]; `classify` gives int64 [N].
     """
@@ -42,7 +43,7 @@ class Features:
     name: str
     extract: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
-    num_classes: int | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 # --- small classifiers, shipped with the package -----------------------------------------------------------------
@@ -91,7 +92,7 @@ def classifier(name: str) -> Features:
         f"{name}-cnn",
         partial(_batched, net.features),
         lambda images: _batched(net, images).argmax(1),
-        net.last.out_features,
+        FASHION_NAMES if name == "fashion" else DIGIT_NAMES,
     )
 
 

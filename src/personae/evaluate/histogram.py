@@ -15,9 +15,9 @@ def class_histogram(features: Features, images: Tensor) -> Tensor:
     Shapes: images uint8 [N, C, H, W]; returns int64 [num_classes].
     Raises: ConfigError, when the feature map is no classifier.
     """
-    if features.classify is None or features.num_classes is None:
+    if features.classify is None or features.label_names is None:
         raise ConfigError(f"the feature map {features.name!r} has no classes; use that of a labelled data set")
-    return torch.bincount(features.classify(images), minlength=features.num_classes)
+    return torch.bincount(features.classify(images), minlength=len(features.label_names))
 
 
 def histogram_distance(counts_a: Tensor, counts_b: Tensor) -> float:

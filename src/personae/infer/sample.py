@@ -23,6 +23,22 @@ SAMPLERS = {
 }
 
 
+def check_steps(sampler: Sampler, steps: int, num_timesteps: int) -> None:
+    """Raises: ConfigError, when the steps are out of range, or do not divide the timesteps evenly for DDPM and DDIM.
+
+    diffusers' DDPM and DDIM go down by whole strides of T // steps: with a remainder the last steps would remove less
+    noise than the schedule says, and every image would come out paler without a word.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ConfigError(f"{steps} sampling steps were asked for, expected 1 to {num_timesteps}")
+    if sampler != "dpmsolver++" and num_timesteps % steps:
+        near = sorted((n for n in range(1, num_timesteps + 1) if num_timesteps % n == 0), key=lambda n: abs(n - steps))
+        raise ConfigError(
+            f"{steps} sampling steps do not divide the {num_timesteps} timesteps, which {sampler} needs; "
+            f"take {near[0]} or {near[1]}, or the sampler dpmsolver++"
+        )
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -46,8 +62,7 @@ def sample(
         raise ConfigError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
     if num_images < 1:
         raise ConfigError(f"{num_images} images were asked for, expected at least 1")
-    if not 1 <= steps <= model.schedule.num_timesteps:
-        raise ConfigError(f"{steps} sampling steps were asked for, expected 1 to {model.schedule.num_timesteps}")
+    check_steps(sampler, steps, model.schedule.num_timesteps)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     kind, options = SAMPLERS[sampler]

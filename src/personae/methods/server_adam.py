@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from personae.core import Arrays, Client, Method, Select, State, Update, Updates, divide, under
+from personae.errors import ConfigError
+from personae.methods.server_ema import ServerEma
 
 FIRST, SECOND = "server_adam.first.", "server_adam.second."
 
@@ -17,7 +20,9 @@ class ServerAdam:
     zero start, and model <- model - lr m / (sqrt(v) + eps). Few local steps then suffice, so that clients drift little
     apart and the backbone learns to listen to their embeddings.
 
-    Source: Reddi et al. 2021, FedAdam, Algorithm 2. Departure: Adam's correction of the zero start.
+    Raises: ConfigError, around a ServerEma, which would average models that Adam then replaces.
+    Source: Reddi et al. 2021, FedAdam, Algorithm 2, whose adaptivity tau is `eps` here. Departures: m and v start from
+    zero with Adam's correction instead of from v_0 = tau^2; the small `eps` is Adam's, the paper tunes 1e-9 to 1e-1.
     """
 
     method: Method
@@ -25,6 +30,13 @@ class ServerAdam:
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        inner: Any = self.method
+        while inner is not None:
+            if isinstance(inner, ServerEma):
+                raise ConfigError("server_adam goes inside server_ema: ServerEma(ServerAdam(method, ...), ...)")
+            inner = getattr(inner, "method", None)
 
     @property
     def personal(self) -> Select:

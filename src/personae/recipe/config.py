@@ -245,6 +245,7 @@ def _together(recipe: Recipe) -> list[str]:
     """Problems that no single field shows."""
     from personae.aggregate import RULES
     from personae.engine import ENGINES
+    from personae.infer.sample import check_steps
 
     problems = []
     if recipe.rounds < 1:
@@ -289,12 +290,11 @@ def _together(recipe: Recipe) -> list[str]:
     ):
         if getattr(recipe.evaluation, name) < low:
             problems.append(f"evaluation.{name}: {getattr(recipe.evaluation, name)}, expected at least {low}")
-    if recipe.sampling.steps < 1:
-        problems.append(f"sampling.steps: {recipe.sampling.steps}, expected at least 1")
-    if recipe.backbone.folder is None and recipe.sampling.steps > recipe.backbone.num_timesteps:
-        problems.append(
-            f"sampling.steps: {recipe.sampling.steps}, but backbone.num_timesteps is {recipe.backbone.num_timesteps}"
-        )
+    if recipe.backbone.folder is None:
+        try:
+            check_steps(recipe.sampling.sampler, recipe.sampling.steps, recipe.backbone.num_timesteps)
+        except ConfigError as error:
+            problems.append(f"sampling.steps: {error}")
     for name in ("threads", "checkpoint_every"):
         if getattr(recipe.machine, name) < 1:
             problems.append(f"machine.{name}: {getattr(recipe.machine, name)}, expected at least 1")

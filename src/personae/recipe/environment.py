@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,13 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "device": device,
         "commit": _commit(),
     }
+
+
+def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What decides the bits and is not what it was, as "torch 2.12.0, is now 2.13.0"."""
+    before, after = ({**side, **side["versions"]} for side in (began, now))
+    decisive = [*LIBRARIES, "python", "processor", "threads", "device"]
+    return [f"{key} {before.get(key)}, is now {after[key]}" for key in decisive if before.get(key) != after[key]]
 
 
 def doctor() -> list[tuple[bool, str, str]]:

@@ -51,7 +51,7 @@ class Embedding:
     """The client's vector: how many numbers, where they enter the backbone, and how they start."""
 
     width: int
-    place: Literal["time", "blocks", "input"] = "time"
+    place: Literal["time", "blocks", "input", "token", "gate"] = "time"
     start: Literal["noise", "zero"] = "noise"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from personae.evaluate.report import write_report
 from personae.infer.sample import sample, to_bytes
 from personae.recipe.build import Clients, build_clients, build_denoiser, build_job
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
-from personae.recipe.environment import environment, versions
+from personae.recipe.environment import differences, environment, versions
 from personae.recipe.schema import Recipe
 
 SUMMARY_VERSION = 1
@@ -71,9 +72,19 @@ def run(
 def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
     """Take a run up where it was stopped; a complete one is only measured and reported again where that is missing.
 
+    Warns: UserWarning, when training goes on with other versions or another machine than it began with.
     Raises: ArtefactError, when the folder holds no run.
     """
-    return _finish(open_run(folder), watch)
+    saved = open_run(folder)
+    path, machine = saved.folder / "environment.json", saved.recipe.machine
+    if path.is_file() and not RunFolder(saved.folder).is_complete():
+        began, now = read_json(path), environment(machine.threads, machine.device)
+        if changed := differences(began, now):
+            warnings.warn(
+                f"{saved.folder} began with {'; '.join(changed)}: it will not end in the same bits", stacklevel=2
+            )
+            write_json(path, {**began, "resumed_with": [*began.get("resumed_with", ()), now]})
+    return _finish(saved, watch)
 
 
 def open_run(folder: str | Path) -> SavedRun:
@@ -153,12 +164,16 @@ class SavedRun:
 
     @cached_property
     def _released(self) -> State:
+        return load_state(self._released_path)
+
+    @property
+    def _released_path(self) -> Path:
         path = self.folder / "server.safetensors"
         if not path.is_file():
             raise ArtefactError(
                 f"{self.folder} has not finished training; continue it with: personae resume {self.folder}"
             )
-        return load_state(path)
+        return path
 
     @cached_property
     def _features(self) -> Features | None:
@@ -177,23 +192,27 @@ class SavedRun:
     def personalize(self, name: str, data: str | Path) -> dict[str, Any]:
         """Add a client that nobody has seen, from a folder of its images. Returns its figures.
 
-        Nothing is uploaded, and the shared model keeps its bits.
+        Nothing is uploaded, and the shared model keeps its bits. A client that was added before the run was given more
+        rounds may be added again.
         Raises: ConfigError, when the name is taken or unusable; DataError, for the images.
         """
-        if name in self.clients:
+        backbone = read_metadata(self._released_path)["backbone"]
+        if name in self.clients and (name not in self._added() or RunFolder(self.folder).has_personal(name, backbone)):
             raise ConfigError(f"client {name!r} exists in {self.folder}; choose another --name")
         if not SAFE_NAME.fullmatch(name):
             raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
         own = self._read(name, Path(data))
         personal = personalize_one(self._job_of(name, own), self._released, State(), name)
-        folder, backbone = RunFolder(self.folder), read_metadata(self.folder / "server.safetensors")["backbone"]
+        folder, entry = RunFolder(self.folder), {"data": str(Path(data).resolve())}
         folder.hold()
         try:
-            write_json(self.folder / "added.json", {**self._added(), name: str(Path(data).resolve())})
-            folder.save_personal(name, personal, backbone)  # last: what has this file is complete
+            write_json(self.folder / "added.json", {**self._added(), name: entry})
+            folder.save_personal(name, personal, backbone)  # what has this file is complete
+            figures = self._figures(name, "new", own)
+            write_json(self.folder / "added.json", {**self._added(), name: {**entry, "figures": figures}})
         finally:
             folder.release()
-        return self._figures(name, "new", own)
+        return figures
 
     def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
         """What this client's personal model draws, uint8 [num_images, C, H, W].
@@ -210,7 +229,7 @@ class SavedRun:
             near = ", ".join(self.clients[:12]) or "none yet"
             raise ConfigError(f"there is no client {client!r} in {self.folder}; clients are {near}")
         released, mine = self._released.params, read_metadata(path).get("backbone")
-        ours = read_metadata(self.folder / "server.safetensors").get("backbone")
+        ours = read_metadata(self._released_path).get("backbone")
         if mine != ours:
             raise ArtefactError(
                 f"{path} belongs to backbone {mine}, this run's is {ours}; personalize it here: "
@@ -226,16 +245,24 @@ class SavedRun:
         return Path(to)
 
     def evaluate(self, *, watch: Watch = ignore) -> dict[str, Any]:
-        """Measure every client, write sample grids and summary.json. Returns the summary."""
+        """Measure every client, write sample grids and summary.json. Returns the summary.
+
+        An added client whose folder of images is gone keeps the figures that were taken when it was added.
+        """
         clients = self._clients
         started = time.perf_counter()
         roles = dict.fromkeys(clients.train, "train") | dict.fromkeys(clients.new, "new")
         data = dict(clients.data)
-        for name, path in ((n, p) for n, p in self._added().items() if n in self.clients):
-            roles[name], data[name] = "new", self._read(name, Path(path))
         figures: dict[str, Any] = {}
+        for name, entry in ((n, e) for n, e in self._added().items() if n in self.clients):
+            roles[name] = "new"
+            if "figures" in entry and not Path(entry["data"]).is_dir():
+                figures[name] = entry["figures"]
+            else:
+                data[name] = self._read(name, Path(entry["data"]))
         for name, role in roles.items():
-            figures[name] = self._figures(name, role, data[name])
+            if name not in figures:
+                figures[name] = self._figures(name, role, data[name])
             seconds, done = time.perf_counter() - started, len(figures) == len(roles)
             nan, rounds = float("nan"), self.recipe.rounds
             watch(Round("evaluate", rounds, rounds, name, len(figures), len(roles), nan, 0, 0, seconds, done))
@@ -271,7 +298,8 @@ class SavedRun:
 
     # --- pieces ----------------------------------------------------------------------------------------------
 
-    def _added(self) -> dict[str, str]:
+    def _added(self) -> dict[str, dict[str, Any]]:
+        """Clients that were added after the run, by name: the folder of their images, and their figures."""
         path = self.folder / "added.json"
         return dict(read_json(path)) if path.is_file() else {}
 
@@ -312,8 +340,8 @@ class SavedRun:
         folder.mkdir(exist_ok=True)
         known = [part.labels for part in (data.train, data.heldout) if part.labels is not None]
         labels = torch.cat(known) if known else None
-        # The classifier's classes are the data set's own only if it was made for it.
-        classify = features is not None and features.num_classes == len(self._label_names)
+        # A classifier counts only what it was made to tell apart.
+        classify = features is not None and features.label_names == tuple(self._label_names)
         real = label_counts(labels, len(self._label_names))
 
         def look(model: UNetDenoiser, suffix: str, unconditional: bool) -> dict[str, Any]:
