@@ -1,7 +1,35 @@
 """What every test stands on."""
 
+import beartype
+import jaxtyping
 import pytest
 import torch
+
+from personae import core
+
+CHECKED = (
+    "data.mixture",
+    "data.partition",
+    "data.sources",
+    "personal",
+    "backbone",
+    "objective",
+    "infer",
+    "evaluate",
+)
+"""Rooms and files whose annotations say shapes. Here every call in them is checked against these."""
+
+
+def shapes(function):
+    """What jaxtyping checks a call with: beartype, on tensors alone, so that a double may stand in for the rest."""
+    hints = function.__annotations__
+    function.__annotations__ = {name: hint for name, hint in hints.items() if "Tensor" in str(hint)}
+    return beartype.beartype(function)
+
+
+jaxtyping.install_import_hook([f"personae.{name}" for name in CHECKED], f"{__name__}.shapes")
+for record in (core.Images, core.Batch, core.Noised):  # the whole of core, asked about every name, would be slow
+    jaxtyping.jaxtyped(record, typechecker=shapes)
 
 # One thread: sums come out the same on every machine, and two processors are not fought over.
 torch.set_num_threads(1)
@@ -21,6 +49,11 @@ TINY = (
     "machine.checkpoint_every=1",
 )
 """Overrides that make a few seconds of the quickstart."""
+
+
+@pytest.fixture(scope="session")
+def checked():
+    return CHECKED
 
 
 @pytest.fixture(scope="session")

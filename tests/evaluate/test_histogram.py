@@ -22,7 +22,9 @@ def test_class_histogram_counts_classes_that_do_not_occur():
 
 def test_refuses():
     with pytest.raises(ConfigError, match="'raw' has no classes"):
-        class_histogram(Features("raw", lambda images: images.flatten(1).float()), torch.zeros(1, 1, 1, 1))
+        class_histogram(
+            Features("raw", lambda images: images.flatten(1).float()), torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+        )
     with pytest.raises(ShapeError):
         histogram_distance(torch.ones(2), torch.ones(3))
     with pytest.raises(DataError):

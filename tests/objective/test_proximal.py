@@ -6,7 +6,8 @@ from personae.core import Noised, stream
 from personae.objective.proximal import proximal
 from personae.personal.embedding import EMBEDDING
 
-ANY = Noised(*[torch.zeros(1, 1)] * 4, cond=None, prediction=torch.zeros(1, 1))
+X = torch.zeros(1, 1)
+ANY = Noised(X, torch.zeros(1, dtype=torch.long), X, X, cond=None, prediction=X)
 
 
 def made():

@@ -1,10 +1,14 @@
-"""The exact denoiser of a Gaussian mixture: closed form before images."""
+"""The exact denoiser of a Gaussian mixture: closed form before images.
+
+Letters in shapes: `B` batch, `K` components, `D` width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from personae.backbone.parts import copies, load_into
@@ -22,7 +26,7 @@ class MixtureDenoiser(nn.Module):
     noise = sigma_t (x_t - sum_k r_k m_k).
     Every component keeps unit covariance under the variance-preserving noise.
 
-    Shapes: `means` [K, D], shared; `embedding.weight` [1, K], the client's; x_t [B, D].
+    Shapes: `means` [K, D], shared; `embedding.weight` [1, K], the client's.
     Source: the two-component case is the setting of SPIRE's theory (arXiv:2506.12303); K components follow alike.
     """
 
@@ -42,16 +46,16 @@ class MixtureDenoiser(nn.Module):
     def sample_shape(self) -> tuple[int, ...]:
         return (self.means.shape[1],)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return images
 
-    def decode(self, x_0: Tensor) -> Tensor:
+    def decode(self, x_0: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
         return self.part(batch.unconditional)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x_t: Float[Tensor, "B D"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, "B D"]:
         alpha_bar = self.schedule.alpha_bar.to(x_t.device)[t].to(x_t.dtype)[:, None]
         scaled = alpha_bar.sqrt()[:, :, None] * self.means
         logits = cond + (scaled @ x_t[:, :, None])[:, :, 0] - scaled.square().sum(2) / 2

@@ -1,4 +1,7 @@
-"""A small residual network over flat vectors, for toy data and fast tests."""
+"""A small residual network over flat vectors, for toy data and fast tests.
+
+Letters in shapes: `B` batch, `*X` one x_0, an image or a vector.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from personae.backbone.parts import copies, load_into
@@ -17,10 +21,7 @@ from personae.personal.embedding import ClientEmbedding
 
 
 class MLPDenoiser(nn.Module):
-    """Residual blocks of width `width`, each modulated by time and by the client's vector.
-
-    Shapes: x_t [B, *sample_shape], flattened inside.
-    """
+    """Residual blocks of width `width`, each modulated by time and by the client's vector. x_t is flattened inside."""
 
     def __init__(
         self,
@@ -56,16 +57,16 @@ class MLPDenoiser(nn.Module):
     def sample_shape(self) -> tuple[int, ...]:
         return self._shape
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, " B *X"]) -> Float[Tensor, " B *X"]:
         return images
 
-    def decode(self, x_0: Tensor) -> Tensor:
+    def decode(self, x_0: Float[Tensor, " B *X"]) -> Float[Tensor, " B *X"]:
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
         return None if self.part is None else self.part(batch.unconditional)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x_t: Float[Tensor, " B *X"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, " B *X"]:
         inner, silu = self.inner, nn.functional.silu
         moment = inner["time"](_sinusoids(t, self._width))
         moment = silu(moment if cond is None else moment + cond)
@@ -99,8 +100,7 @@ class MLPDenoiser(nn.Module):
         load_into(self._live, params)
 
 
-def _sinusoids(t: Tensor, width: int) -> Tensor:
-    """Shapes: t int64 [B]; returns float32 [B, width]."""
+def _sinusoids(t: Int64[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
     rates = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -5,7 +5,7 @@ which modules those are, `forward` bends such a module's output by one vector pe
 into the module's own weights for good, so that an ordinary U-Net draws that client's distribution. No place has a bias:
 a zero vector leaves the module's output in its bits.
 
-B is the batch, D the vector's width, C channels, H and W the module's picture, L = H * W pixels, R the rank.
+Letters in shapes: `B` batch, `D` the vector's width, `C H W` the module's output, `L` = H * W pixels, `R` rank.
 
 Source: SPIRE (arXiv:2506.12303) says "activation modulation in intermediate layers"; all four readings are ours.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from personae.errors import ConfigError
@@ -40,11 +41,17 @@ class Blocks(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 * norm.num_channels, width))
 
-    def forward(self, vectors: Tensor, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> Tensor:
+    def forward(
+        self,
+        vectors: Float[Tensor, "B D"],
+        norm: nn.GroupNorm,
+        x: Float[Tensor, "B C H W"],
+        output: Float[Tensor, "B C H W"],
+    ) -> Float[Tensor, "B C H W"]:
         scale, shift = F.linear(vectors, self.weight)[:, :, None, None].chunk(2, dim=1)
         return output * (1 + scale) + shift
 
-    def fold(self, vector: Tensor, norm: nn.GroupNorm) -> None:
+    def fold(self, vector: Float[Tensor, "1 D"], norm: nn.GroupNorm) -> None:
         scale, shift = F.linear(vector, self.weight)[0].chunk(2)
         norm.bias.mul_(1 + scale).add_(shift)
         norm.weight.mul_(1 + scale)
@@ -66,10 +73,16 @@ class Input(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(conv.out_channels, width))
 
-    def forward(self, vectors: Tensor, conv: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+    def forward(
+        self,
+        vectors: Float[Tensor, "B D"],
+        conv: nn.Conv2d,
+        x: Float[Tensor, "B ..."],
+        output: Float[Tensor, "B C H W"],
+    ) -> Float[Tensor, "B C H W"]:
         return output + F.linear(vectors, self.weight)[:, :, None, None]
 
-    def fold(self, vector: Tensor, conv: nn.Conv2d) -> None:
+    def fold(self, vector: Float[Tensor, "1 D"], conv: nn.Conv2d) -> None:
         assert conv.bias is not None, "the first convolution of a UNet2DModel has a bias"
         conv.bias.add_(F.linear(vector, self.weight)[0])
 
@@ -96,7 +109,13 @@ class Token(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 * attention.inner_dim, width))
 
-    def forward(self, vectors: Tensor, attention: Attention, x: Tensor, output: Tensor) -> Tensor:
+    def forward(
+        self,
+        vectors: Float[Tensor, "B D"],
+        attention: Attention,
+        x: Float[Tensor, "B C H W"],
+        output: Float[Tensor, "B C H W"],
+    ) -> Float[Tensor, "B C H W"]:
         # Queries and keys are made once more, so that the layer's own attention stays diffusers'.
         pixels = x.flatten(2)
         if attention.group_norm is not None:
@@ -110,7 +129,7 @@ class Token(nn.Module):
         change = F.linear(change, attention.to_out[0].weight).transpose(1, 2).reshape(output.shape)
         return output + change / attention.rescale_output_factor
 
-    def fold(self, vector: Tensor, attention: Attention) -> None:
+    def fold(self, vector: Float[Tensor, "1 D"], attention: Attention) -> None:
         foldable = ", ".join(place for place in PLACES if place != "token")
         raise ConfigError(
             'place "token" cannot be exported: no weights of an ordinary U-Net stand for one more key and value. '
@@ -139,12 +158,18 @@ class Gate(nn.Module):
         self.a = nn.Parameter(torch.zeros(conv.out_channels, GATE_RANK))
         self.b = nn.Parameter(torch.zeros(GATE_RANK, conv.in_channels, *conv.kernel_size))
 
-    def forward(self, vectors: Tensor, conv: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+    def forward(
+        self,
+        vectors: Float[Tensor, "B D"],
+        conv: nn.Conv2d,
+        x: Float[Tensor, "B ..."],
+        output: Float[Tensor, "B C H W"],
+    ) -> Float[Tensor, "B C H W"]:
         coefficients = F.linear(vectors, self.g)[:, :, None, None]
         seen = F.conv2d(x, self.b, stride=conv.stride, padding=conv.padding)
         return output + F.conv2d(coefficients * seen, self.a[:, :, None, None])
 
-    def fold(self, vector: Tensor, conv: nn.Conv2d) -> None:
+    def fold(self, vector: Float[Tensor, "1 D"], conv: nn.Conv2d) -> None:
         coefficients = F.linear(vector, self.g)[0]
         conv.weight.add_(torch.einsum("or,r,rihw->oihw", self.a, coefficients, self.b))
 

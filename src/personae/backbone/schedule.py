@@ -1,4 +1,7 @@
-"""The noise schedule, read from a diffusers scheduler so that any saved one can be used."""
+"""The noise schedule, read from a diffusers scheduler so that any saved one can be used.
+
+Letters in shapes: `B` batch, `T` timesteps, `*X` one x_0, an image or a vector.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import DDPMScheduler
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from personae.errors import ArtefactError, ConfigError
@@ -19,11 +23,11 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 class Schedule:
     """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) noise, for t in 0..T-1.
 
-    Shapes: alpha_bar float32 [T]. `config` is what a diffusers sampler is built from.
+    `config` is what a diffusers sampler is built from.
     Source: Ho et al. 2020, Eq. 4; v: Salimans and Ho 2022, appendix D.
     """
 
-    alpha_bar: Tensor
+    alpha_bar: Float32[Tensor, " T"]
     prediction_type: str
     config: Mapping[str, Any]
 
@@ -41,11 +45,15 @@ class Schedule:
         alpha_bar = self.alpha_bar.to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(
+        self, x_0: Float[Tensor, " B *X"], noise: Float[Tensor, " B *X"], t: Int64[Tensor, " B"]
+    ) -> Float[Tensor, " B *X"]:
         signal, sigma = self._roots(t, x_0)
         return signal * x_0 + sigma * noise
 
-    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(
+        self, x_0: Float[Tensor, " B *X"], noise: Float[Tensor, " B *X"], t: Int64[Tensor, " B"]
+    ) -> Float[Tensor, " B *X"]:
         """What the network should output."""
         if self.prediction_type == "epsilon":
             return noise

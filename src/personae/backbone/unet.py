@@ -10,6 +10,8 @@ The vector may enter in one of five places:
 
 All but "token" can be folded into the weights of an ordinary U-Net for one client (`folded`). `places.py` holds all but
 "time".
+
+Letters in shapes: `B` batch, `C H W` image.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from personae.backbone.parts import copies, load_into
@@ -102,19 +105,19 @@ class UNetDenoiser(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels, height, width)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return images
 
-    def decode(self, x_0: Tensor) -> Tensor:
+    def decode(self, x_0: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
         return None if self.part is None else self.part(batch.unconditional)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Shapes: x_t [B, C, H, W]; t int64 [B]; cond [B, D] or None. Returns [B, C, H, W].
+    def forward(self, x_t: Float[Tensor, "B C H W"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, "B C H W"]:
+        """`cond` holds one vector per image, or is None without an embedding.
 
-        Raises: ShapeError, when `cond` is not one vector per image: diffusers would broadcast it in silence.
+        Raises: ShapeError, when `cond` has another shape: diffusers would broadcast it in silence.
         """
         if self.part is None:
             return self.unet(x_t, t).sample

@@ -1,9 +1,9 @@
 """Who holds which images: partitions of a data set into clients, and a client's split into train and held-out.
 
-Every partition is a list with one sorted int64 tensor of indices per client; no index is in two of them, and equal
+Every partition is a list with one sorted tensor of indices per client; no index is in two of them, and equal
 states of `rng` give equal partitions.
 
-Letters in shapes: `N` images, `A` attributes.
+Letters in shapes: `N` images, `A` attributes; `_` differs from client to client.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from personae.core import ClientData, Images
@@ -20,7 +21,7 @@ from personae.errors import ConfigError, DataError
 MAX_TRIES = 100
 
 
-def iid(n: int, num_clients: int, rng: torch.Generator) -> list[Tensor]:
+def iid(n: int, num_clients: int, rng: torch.Generator) -> list[Int64[Tensor, " _"]]:
     """Deal `n` images evenly and at random; every image has a holder.
 
     Raises: ConfigError, when `num_clients` is not 1 to n.
@@ -29,13 +30,14 @@ def iid(n: int, num_clients: int, rng: torch.Generator) -> list[Tensor]:
     return _sorted(torch.randperm(n, generator=rng).tensor_split(num_clients))
 
 
-def by_label(labels: Tensor, num_clients: int, classes_per_client: int, rng: torch.Generator) -> list[Tensor]:
+def by_label(
+    labels: Int64[Tensor, " N"], num_clients: int, classes_per_client: int, rng: torch.Generator
+) -> list[Int64[Tensor, " _"]]:
     """Give every client `classes_per_client` classes, and each class in equal parts to the clients that hold it.
 
     Classes have equally many holders, give or take one. Classes without a holder are left out: there are some only
     when num_clients * classes_per_client is below the number of classes. Every other image has a holder.
 
-    Shapes: labels int64 [N].
     Raises: ConfigError, when a count is out of range, or a class has fewer images than holders.
     Source: McMahan et al. 2017 (arXiv:1602.05629). Departure: classes are dealt, not shards of the sorted images.
     """
@@ -53,14 +55,13 @@ def by_label(labels: Tensor, num_clients: int, classes_per_client: int, rng: tor
     return _dealt(labels, holders, num_clients, rng)
 
 
-def by_attribute(attributes: Tensor, num_clients: int, rng: torch.Generator) -> list[Tensor]:
+def by_attribute(attributes: Int64[Tensor, "N A"], num_clients: int, rng: torch.Generator) -> list[Int64[Tensor, " _"]]:
     """Give every client images of one combination of attributes, in about equal numbers.
 
     The clients go to the combinations like seats to parties (D'Hondt's rule), so a frequent combination is divided
     among several clients, and one that is too rare for a client of its own is left out. All images of a combination
-    that has a holder have a holder.
+    that has a holder have a holder. Select columns first to part the clients by some attributes only.
 
-    Shapes: attributes int64 [N, A]; select its columns first to part the clients by some attributes only.
     Raises: ConfigError, when `num_clients` is not 1 to N.
     """
     _check_num_clients(num_clients, len(attributes))
@@ -72,13 +73,14 @@ def by_attribute(attributes: Tensor, num_clients: int, rng: torch.Generator) -> 
     return _dealt(combination, holders, num_clients, rng)
 
 
-def dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: torch.Generator, min_images: int) -> list[Tensor]:
+def dirichlet(
+    labels: Int64[Tensor, " N"], num_clients: int, alpha: float, rng: torch.Generator, min_images: int
+) -> list[Int64[Tensor, " _"]]:
     """Divide every class among all clients in proportions drawn from a symmetric Dirichlet distribution.
 
     Small `alpha` gives each client few classes and unequal numbers of images, large `alpha` equal clients. All
     proportions are drawn again, up to MAX_TRIES times, until every client has `min_images`. Every image has a holder.
 
-    Shapes: labels int64 [N].
     Raises: ConfigError, when an argument is out of range, or no draw was good enough.
     Source: Yurochkin et al. 2019 (arXiv:1905.12022).
     """

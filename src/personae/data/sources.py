@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -40,13 +41,13 @@ DIGIT_NAMES = tuple("0123456789")
 class Source:
     """Images, and the names of what is known of them.
 
-    Shapes: `attributes` int64 [N, A], 1 where image n has the attribute that `attribute_names` lists at this place.
+    `attributes` is 1 where image n has the attribute that `attribute_names` lists at this place.
     `images.labels` are places in `label_names`.
     """
 
     images: Images
     label_names: tuple[str, ...] = ()
-    attributes: Tensor | None = None
+    attributes: Int64[Tensor, "N A"] | None = None
     attribute_names: tuple[str, ...] = ()
 
 
@@ -103,12 +104,11 @@ def fashion(split: str = "train", root: str | Path = FASHION_ROOT, size: int | N
     return Source(Images(shrink(pixels[:, None], size), labels.long()), FASHION_NAMES)
 
 
-def shrink(pixels: Tensor, size: int | None) -> Tensor:
+def shrink(pixels: UInt8[Tensor, "N C H H"], size: int | None) -> UInt8[Tensor, "N C size size"]:
     """Pool square images to `size` by area; None leaves them as they are.
 
     A new pixel is the rounded mean of the old ones that it touches; neighbours overlap unless `size` divides H.
 
-    Shapes: pixels uint8 [N, C, H, H]; returns uint8 [N, C, size, size].
     Raises: ConfigError, when `size` is not 1 to H.
     """
     if size is None:

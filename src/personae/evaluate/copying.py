@@ -6,6 +6,7 @@ Letters in shapes: `N` samples, `M` training images, `C H W` image.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from personae.errors import DataError, ShapeError
@@ -14,10 +15,10 @@ BLOCK = 512
 """Samples that are compared at a time, so that memory stays BLOCK x M numbers."""
 
 
-def nearest_distance(samples: Tensor, train: Tensor) -> Tensor:
+def nearest_distance(samples: Shaped[Tensor, "N ..."], train: Shaped[Tensor, "M ..."]) -> Float64[Tensor, " N"]:
     """How far every sample is from the training image nearest to it.
 
-    Shapes: samples uint8 [N, C, H, W], train uint8 [M, C, H, W]; returns float64 [N].
+    Shapes: samples uint8 [N, C, H, W], train uint8 [M, C, H, W].
     Units: root mean square difference of pixels on the scale 0 to 1. An exact copy is exactly 0.
     Raises: ShapeError, DataError.
     """

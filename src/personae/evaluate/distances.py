@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from personae.core import stream
@@ -116,7 +117,7 @@ class Precomputed(nn.Module):
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
         return features
 
 

@@ -1,6 +1,6 @@
 """From images to the numbers that distances are taken on.
 
-Letters in shapes: `N` images, `C H W` image, `F` features.
+Letters in shapes: `N` images, `C H W` image, `D h w` what a layer makes of it, `F` features.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu, relu6
 
@@ -37,12 +38,12 @@ BATCH = 256
 class Features:
     """A named map from images to vectors, and to classes where it knows any, in the order of `label_names`.
 
-    Shapes: `extract` takes uint8 [N, C, H, W] with C of 1 or 3 and gives float32 [N, F]; `classify` gives int64 [N].
+    Shapes: C is 1 or 3.
     """
 
     name: str
-    extract: Callable[[Tensor], Tensor]
-    classify: Callable[[Tensor], Tensor] | None = None
+    extract: Callable[[UInt8[Tensor, "N C H W"]], Float32[Tensor, "N F"]]
+    classify: Callable[[UInt8[Tensor, "N C H W"]], Int64[Tensor, " N"]] | None = None
     label_names: tuple[str, ...] | None = None
 
 
@@ -64,16 +65,16 @@ class SmallCNN(nn.Module):
         self.hidden = nn.Linear(4 * widths[-1], 64)
         self.last = nn.Linear(64, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Shapes: images float32 [N, C, H, W] in 0..1; returns [N, 64]."""
+    def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 64"]:
+        """Units: images in 0..1."""
         x = resized(images.mean(1, keepdim=True), self.size) * 2 - 1
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = relu(norm(conv(x)))
             x = nn.functional.max_pool2d(x, 2) if index < 2 else nn.functional.adaptive_avg_pool2d(x, 2)
         return relu(self.hidden(x.flatten(1)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, num_classes]."""
+    def forward(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N num_classes"]:
+        """Logits."""
         return self.last(self.features(images))
 
 
@@ -105,7 +106,7 @@ class SameConv(nn.Conv2d):
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(width_in, width_out, kernel, stride, groups=groups, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
         kernel, stride = self.kernel_size[0], self.stride[0]
         missing = [max((-(-length // stride) - 1) * stride + kernel - length, 0) for length in (x.shape[3], x.shape[2])]
         return super().forward(pad(x, [side for m in missing for side in (m // 2, m - m // 2)]))
@@ -127,7 +128,7 @@ class InvertedBottleneck(nn.Module):
         self._bn1 = nn.BatchNorm2d(width, eps=1e-3)
         self._project_conv, self._bn2 = SameConv(width, width_out, 1), nn.BatchNorm2d(width_out, eps=1e-3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
         wide = relu6(self._bn0(self._expand_conv(x))) if self.widens else x
         wide = relu6(self._bn1(self._depthwise_conv(wide)))
         narrow = self._bn2(self._project_conv(wide))
@@ -157,15 +158,15 @@ class EfficientNetLite0(nn.Module):
         self._conv_head, self._bn1 = SameConv(width, 1280, 1), nn.BatchNorm2d(1280, eps=1e-3)
         self._fc = nn.Linear(1280, 1000)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Shapes: images float32 [N, 3, H, W] in 0..1; returns [N, 1280]."""
+    def features(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 1280"]:
+        """Units: images in 0..1."""
         x = relu6(self._bn0(self._conv_stem(images * (255 / 128) - 127 / 128)))
         for block in self._blocks:
             x = block(x)
         return relu6(self._bn1(self._conv_head(x))).mean((2, 3))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, 1000]."""
+    def forward(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 1000"]:
+        """Logits."""
         return self._fc(self.features(images))
 
 
@@ -256,8 +257,8 @@ def features_by_name(name: str) -> Features | None:
 # --- pieces ------------------------------------------------------------------------------------------------------
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """Bilinear, with area weights where the images get smaller. Shapes: float [N, C, H, W] to [N, C, size, size]."""
+def resized(images: Float[Tensor, "N C H W"], size: int) -> Float[Tensor, "N C {size} {size}"]:
+    """Bilinear, with area weights where the images get smaller."""
     if images.shape[2:] == (size, size):
         return images
     return interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -1,18 +1,21 @@
-"""Which classes were drawn, and how far their mix is from another."""
+"""Which classes were drawn, and how far their mix is from another.
+
+Letters in shapes: `N` images, `C H W` image.
+"""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from personae.errors import ConfigError, DataError, ShapeError
 from personae.evaluate.features import Features
 
 
-def class_histogram(features: Features, images: Tensor) -> Tensor:
+def class_histogram(features: Features, images: UInt8[Tensor, "N C H W"]) -> Int64[Tensor, " num_classes"]:
     """How many images a classifier puts in each class.
 
-    Shapes: images uint8 [N, C, H, W]; returns int64 [num_classes].
     Raises: ConfigError, when the feature map is no classifier.
     """
     if features.classify is None or features.label_names is None:

@@ -1,4 +1,7 @@
-"""All that is measured of one client, from its images and what its models draw."""
+"""All that is measured of one client, from its images and what its models draw.
+
+Letters in shapes: `N` real images, `M` drawn ones, `C H W` image.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from personae.core import ClientData
@@ -27,13 +31,13 @@ class Reference:
     seed: int
 
     @property
-    def real(self) -> Tensor:
-        """uint8 [N, C, H, W]: all of the client's images, learned from and held out."""
+    def real(self) -> UInt8[Tensor, "N C H W"]:
+        """All of the client's images, learned from and held out."""
         return torch.cat([self.data.train.pixels, self.data.heldout.pixels])
 
 
-def measure(reference: Reference, drawn: Tensor) -> Mapping[str, Any]:
-    """Distances between what was drawn, uint8 [M, C, H, W], and the client's real images.
+def measure(reference: Reference, drawn: UInt8[Tensor, "M C H W"]) -> Mapping[str, Any]:
+    """Distances between what was drawn and the client's real images.
 
     A figure that cannot be had (no labels, no features, too few images) is None.
     """
@@ -64,8 +68,8 @@ def measure(reference: Reference, drawn: Tensor) -> Mapping[str, Any]:
     return figures
 
 
-def label_counts(labels: Tensor | None, num_classes: int) -> list[int] | None:
-    """How often each class occurs. Shapes: labels int64 [N]."""
+def label_counts(labels: Int64[Tensor, " N"] | None, num_classes: int) -> list[int] | None:
+    """How often each class occurs."""
     return None if labels is None else torch.bincount(labels, minlength=num_classes).tolist()
 
 

@@ -1,4 +1,7 @@
-"""Sampling with diffusers' samplers, from a generator of one's own."""
+"""Sampling with diffusers' samplers, from a generator of one's own.
+
+Letters in shapes: `N` images, `*X` one of them, an image or a vector; a name in braces is the argument of that name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from personae.core import Batch, Denoiser
@@ -50,8 +54,8 @@ def sample(
     unconditional: bool = False,
     guidance: float = 1.0,
     batch_size: int = 256,
-) -> Tensor:
-    """Draw from what the model has loaded. Returns float32 [num_images, ...] on the CPU, in the model's range.
+) -> Float32[Tensor, "{num_images} ..."]:
+    """Draw from what the model has loaded. Returned on the CPU, in the model's range.
 
     `unconditional` draws from the population (the null vector); `guidance` g gives
     prediction = null + g (own - null), and costs a second pass unless it is 1.
@@ -89,6 +93,6 @@ def sample(
     return torch.cat(parts)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] to uint8 in 0..255, rounded; values outside are clamped."""
+def to_bytes(images: Float[Tensor, " N *X"]) -> UInt8[Tensor, " N *X"]:
+    """From [-1, 1] to 0..255, rounded; values outside are clamped."""
     return images.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,10 +1,14 @@
-"""One small vector per client, and the null vector that stands in for everybody."""
+"""One small vector per client, and the null vector that stands in for everybody.
+
+Letters in shapes: `B` batch, `D` numbers per client.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from personae.core import Arrays
@@ -33,8 +37,8 @@ class ClientEmbedding(nn.Module):
         self.null_embedding = nn.Embedding(1, width)
         self.embedding_projection = None if width == out_width else nn.Linear(width, out_width, bias=False)
 
-    def forward(self, unconditional: Tensor) -> Tensor:
-        """Shapes: unconditional bool [B], True where the null vector is used; returns [B, out_width]."""
+    def forward(self, unconditional: Bool[Tensor, " B"]) -> Float[Tensor, "B out_width"]:
+        """One vector per image; `unconditional` is True where the null vector is used."""
         zeros = torch.zeros_like(unconditional, dtype=torch.long)
         own, null = self.embedding(zeros), self.null_embedding(zeros)
         vectors = torch.where(unconditional[:, None], null, own)
