@@ -27,7 +27,11 @@ def test_every_requirement_has_one_lower_bound():
 
 
 def test_the_lowest_versions_are_those_declared():
-    declared = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, DECLARED)}
+    """Without flwr, whose own bounds are higher than ours: the library is also used without it."""
+    ours = [
+        r for r in map(Requirement, DECLARED) if r not in map(Requirement, PROJECT["optional-dependencies"]["flower"])
+    ]
+    declared = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in ours}
     assert pins("requirements-lowest.txt") == declared
 
 

@@ -1,8 +1,8 @@
 """The records and Protocols that every room shares: one noun (State), the verbs of a Method, and a Plan.
 
-Letters in shapes: `B` batch, `N` images, `C H W` image, `D` embedding width, `T` timesteps.
+Letters in shapes: `B` batch, `N` images, `M` of them by index, `T` timesteps, `*X` one x_0.
 Images are shaped [C, H, W]; a vector-valued yardstick such as the Gaussian mixture uses [D] in their place, so
-shapes below say `...` where either may stand.
+shapes below say `...` where either may stand. `*X` is one of these too, the same throughout a call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from personae.errors import ConfigError
@@ -85,18 +86,18 @@ def stream(seed: int, *keys: str | int) -> torch.Generator:
 class Images:
     """Some images and what is known of each.
 
-    Shapes: `pixels` uint8 [N, C, H, W] in 0..255, or float32 [N, ...] already in the model's range; `labels` int64 [N].
-    `captions` has one text per image, or none at all.
+    `pixels` are bytes in 0..255, or floats already in the model's range. `captions` has one text per image, or none at
+    all.
     """
 
-    pixels: Tensor
-    labels: Tensor | None = None
+    pixels: UInt8[Tensor, "N ..."] | Float32[Tensor, "N ..."]
+    labels: Int64[Tensor, " N"] | None = None
     captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: Tensor | Sequence[int]) -> Images:
+    def __getitem__(self, index: Int64[Tensor, " M"] | Sequence[int]) -> Images:
         index = torch.as_tensor(index, dtype=torch.long)
         return Images(
             self.pixels[index],
@@ -104,8 +105,8 @@ class Images:
             tuple(self.captions[i] for i in index.tolist()) if self.captions else (),
         )
 
-    def floats(self, index: Tensor | None = None) -> Tensor:
-        """float32 [N, ...]: bytes are mapped from 0..255 to [-1, 1], floats are left as they are."""
+    def floats(self, index: Int64[Tensor, " M"] | None = None) -> Float32[Tensor, "M ..."]:
+        """Bytes are mapped from 0..255 to [-1, 1], floats are left as they are. Without an index all N of them."""
         pixels = self.pixels if index is None else self.pixels[index]
         return pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
 
@@ -122,11 +123,11 @@ class ClientData:
 class Batch:
     """What one step of training or sampling sees of the data.
 
-    Shapes: `images` float32 [B, ...]; `unconditional` bool [B], True where the null vector stands in.
+    `unconditional` is True where the null vector stands in.
     """
 
-    images: Tensor
-    unconditional: Tensor
+    images: Float[Tensor, "B ..."]
+    unconditional: Bool[Tensor, " B"]
     captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -235,10 +236,7 @@ class NoiseSchedule(Protocol):
     @property
     def prediction_type(self) -> str: ...
     @property
-    def alpha_bar(self) -> Tensor:
-        """float32 [T]."""
-        ...
-
+    def alpha_bar(self) -> Float32[Tensor, " T"]: ...
     @property
     def config(self) -> Mapping[str, Any]:
         """What a diffusers sampler is built from."""
@@ -246,8 +244,12 @@ class NoiseSchedule(Protocol):
 
     @property
     def num_timesteps(self) -> int: ...
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
-    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def add_noise(
+        self, x_0: Float[Tensor, " B *X"], noise: Float[Tensor, " B *X"], t: Int64[Tensor, " B"]
+    ) -> Float[Tensor, " B *X"]: ...
+    def target(
+        self, x_0: Float[Tensor, " B *X"], noise: Float[Tensor, " B *X"], t: Int64[Tensor, " B"]
+    ) -> Float[Tensor, " B *X"]: ...
 
 
 class Denoiser(Protocol):
@@ -263,11 +265,11 @@ class Denoiser(Protocol):
         """Shape of one x_0, without the batch."""
         ...
 
-    def encode(self, images: Tensor) -> Tensor: ...
-    def decode(self, x_0: Tensor) -> Tensor: ...
+    def encode(self, images: Float[Tensor, "B ..."]) -> Float[Tensor, " B *X"]: ...
+    def decode(self, x_0: Float[Tensor, " B *X"]) -> Float[Tensor, "B ..."]: ...
     def condition(self, batch: Batch) -> Cond: ...
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Shapes: x_t [B, ...], t int64 [B] in [0, T); returns the shape of x_t."""
+    def forward(self, x_t: Float[Tensor, " B *X"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, " B *X"]:
+        """Units: t in [0, T)."""
         ...
 
     def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
@@ -295,21 +297,18 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Noised:
-    """One training batch on its way through the denoiser.
+    """One training batch on its way through the denoiser."""
 
-    Shapes: x_0, noise, x_t, prediction [B, ...]; t int64 [B].
-    """
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    x_t: Tensor
+    x_0: Float[Tensor, " B *X"]
+    t: Int64[Tensor, " B"]
+    noise: Float[Tensor, " B *X"]
+    x_t: Float[Tensor, " B *X"]
     cond: Cond
-    prediction: Tensor
+    prediction: Float[Tensor, " B *X"]
 
 
-Loss = Callable[[Denoiser, Noised], Tensor]
-Penalty = Callable[[Denoiser, Noised], Tensor]
+Loss = Callable[[Denoiser, Noised], Float[Tensor, ""]]
+Penalty = Callable[[Denoiser, Noised], Float[Tensor, ""]]
 
 
 def constant(value: T) -> Callable[[str], T]:
@@ -398,7 +397,9 @@ class Members(Protocol):
         ...
 
     def initial(self, seed: int) -> Arrays: ...
-    def cohort(self, round: int, seed: int) -> Sequence[str]: ...
+    def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
+        """Who takes part, out of the training clients that can be reached now."""
+        ...
 
 
 class Site(Protocol):
@@ -417,7 +418,10 @@ Rule = Callable[[Iterator[Update]], Arrays]
 class Job:
     """One federated run, whichever engine carries it.
 
-    `max_examples` caps the weight that one client can claim. `folder` None keeps everything in memory.
+    `max_examples` caps the weight that one client can claim. `minimum` is how many updates a round needs; clients that
+    fail or are refused beyond that are counted and left out (None: everyone's update is needed). `clip_norm` is the
+    largest L2 norm of a client's change that is taken as it is; a larger one is scaled down. `folder` None keeps
+    everything in memory.
     """
 
     method: Method
@@ -427,6 +431,8 @@ class Job:
     seed: int
     rule: Rule
     max_examples: int = 1_000_000
+    minimum: int | None = None
+    clip_norm: float | None = None
     folder: Path | None = None
     checkpoint_every: int = 1
 
@@ -435,7 +441,7 @@ class Job:
 class Round:
     """What a watcher sees when a client has finished, and (with `done`) when its round or stage has.
 
-    Bytes and seconds are of this round so far.
+    Bytes and seconds are of this round so far; `refused` clients failed or sent what could not be taken.
     """
 
     stage: Literal["train", "personalize", "evaluate"]
@@ -449,6 +455,7 @@ class Round:
     bytes_down: int
     seconds: float
     done: bool
+    refused: int = 0
 
 
 @dataclass(frozen=True)

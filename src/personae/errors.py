@@ -43,6 +43,16 @@ class EmptyRound(FederationError):
     """No usable update arrived in a round."""
 
 
+class TooFewClients(FederationError):
+    """Fewer clients than a round needs could be reached, or sent what could be taken."""
+
+    exit_code = 7
+
+
+class ClientSilent(FederationError):
+    """A client did not answer in time."""
+
+
 class MismatchedNames(FederationError):
     """Two sides that must name the same tensors do not."""
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from personae.aggregate import RULES, mean, uniform_mean
+from personae.aggregate import mean, uniform_mean
 from personae.core import State, Update, stream
 from personae.errors import EmptyRound
+
+either = pytest.mark.parametrize("rule", [mean, uniform_mean])
 
 
 def update(weight, **params):
@@ -30,14 +32,14 @@ def test_many_clients_beside_numpy(rule, weights):
     np.testing.assert_allclose(rule(updates)["w"].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@either
 def test_equal_models_average_to_exactly_themselves(rule):
     value = torch.randn(1000, generator=stream(1)) * 10.0 ** torch.randint(-6, 6, (1000,), generator=stream(2))
     averaged = rule(Update(str(n), n, State({"w": value.clone()})) for n in (3, 1, 7, 11, 400))
     assert torch.equal(averaged["w"], value)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@either
 def test_one_client_is_its_own_average_and_no_argument_is_changed(rule):
     updates = [update(2, w=[1.0, 2.0]), update(5, w=[3.0, 5.0])]
     alone = rule(updates[:1])
@@ -46,7 +48,7 @@ def test_one_client_is_its_own_average_and_no_argument_is_changed(rule):
     assert [u.sent.params["w"].tolist() for u in updates] == [[1.0, 2.0], [3.0, 5.0]]
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@either
 def test_an_update_is_gone_before_the_next_one_is_asked_for(rule):
     made = []
 
@@ -69,7 +71,7 @@ def test_shapes_and_types_are_kept():
     assert {n: (v.shape, v.dtype) for n, v in averaged.items()} == {n: (v.shape, v.dtype) for n, v in params.items()}
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@either
 def test_nothing_to_average_is_no_average(rule):
     with pytest.raises(EmptyRound, match="there are no updates to combine"):
         rule([])

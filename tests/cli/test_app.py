@@ -17,7 +17,7 @@ from personae.core import Round
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "numpy", "diffusers", "matplotlib", "sklearn", "torchmetrics"}
-COMMANDS = ["run", "resume", "personalize", "sample", "evaluate", "report", "export", "inspect", "doctor"]
+COMMANDS = ["run", "resume", "personalize", "sample", "evaluate", "report", "export", "deploy", "inspect", "doctor"]
 
 
 def settings(overrides):

@@ -10,7 +10,7 @@ import torch
 from personae.aggregate.mean import mean
 from personae.core import State, Training, stream
 from personae.engine import InProcess
-from personae.engine.in_process import load_parts
+from personae.engine.rounds import load_parts
 from personae.errors import ClientFailed, ConfigError, EmptyRound, MismatchedNames, PrivacyError, RefusedUpdate
 from personae.methods import LocalOnly, SharedRep, Spire
 from personae.personal.embedding import EMBEDDING
@@ -78,7 +78,7 @@ def test_a_round_without_clients_is_refused():
         def initial(self, seed):
             return tiny_population().initial(seed)
 
-        def cohort(self, round, seed):
+        def cohort(self, round, seed, known):
             return []
 
     with pytest.raises(EmptyRound, match="round 1 has no clients"):
@@ -144,7 +144,7 @@ def test_only_those_of_the_cohort_pay_for_a_round():
     population = tiny_population(3, cohort_size=1)
     run = InProcess().run(tiny_job(SPIRE, population, rounds=4))
     turns = [name for record in run.rounds for name in record["clients"]]
-    assert turns == [population.cohort(number, 0)[0] for number in (1, 2, 3, 4)]
+    assert turns == [population.cohort(number, 0, population.train)[0] for number in (1, 2, 3, 4)]
     assert all(run.traffic[name].up // (2070 * 4) == turns.count(name) for name in population.train)
 
 

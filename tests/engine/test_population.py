@@ -14,24 +14,33 @@ from personae.methods import FedAvgFT
 from personae.testing import tiny_job, tiny_population
 from personae.testing.contract import differing
 
+ALL = ["c0", "c1", "c2"]
+
 
 def test_everyone_takes_part_unless_a_cohort_is_given():
-    assert tiny_population(3).cohort(1, 0) == ["c0", "c1", "c2"]
-    assert tiny_population(3, cohort_size=3).cohort(1, 0) == ["c0", "c1", "c2"]
+    assert tiny_population(3).cohort(1, 0, ALL) == ["c0", "c1", "c2"]
+    assert tiny_population(3, cohort_size=3).cohort(1, 0, ALL) == ["c0", "c1", "c2"]
 
 
 def test_a_cohort_depends_on_round_and_seed_alone():
     population = tiny_population(5, cohort_size=2)
-    first = [population.cohort(number, 0) for number in range(20)]
+    first = [population.cohort(number, 0, population.train) for number in range(20)]
     torch.rand(3)  # the global generator takes no part
-    assert first == [tiny_population(5, cohort_size=2).cohort(number, 0) for number in range(20)]
-    assert first != [population.cohort(number, 1) for number in range(20)]
-    assert population.cohort(7, 0) == first[7]
+    assert first == [tiny_population(5, cohort_size=2).cohort(number, 0, population.train) for number in range(20)]
+    assert first != [population.cohort(number, 1, population.train) for number in range(20)]
+    assert population.cohort(7, 0, population.train) == first[7]
+
+
+def test_those_who_cannot_be_reached_are_not_asked():
+    population = tiny_population(5, cohort_size=2)
+    assert population.cohort(1, 0, ["c4", "c1", "stranger"]) == ["c1", "c4"]
+    assert population.cohort(1, 0, ["c3"]) == ["c3"]
+    assert population.cohort(1, 0, []) == []
 
 
 def test_a_cohort_is_a_uniform_sample_without_replacement_in_name_order():
     population = tiny_population(5, cohort_size=2)
-    counts = Counter(tuple(population.cohort(number, 0)) for number in range(2000))
+    counts = Counter(tuple(population.cohort(number, 0, population.train)) for number in range(2000))
     assert counts.keys() == set(combinations(["c0", "c1", "c2", "c3", "c4"], 2))
     # 200 expected per pair, standard deviation 13.
     assert all(135 < count < 265 for count in counts.values()), counts

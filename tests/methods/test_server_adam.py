@@ -4,7 +4,7 @@ import torch
 
 from personae.aggregate.mean import mean
 from personae.core import State, Training, Update
-from personae.engine.in_process import Arriving
+from personae.engine.rounds import Arriving
 from personae.errors import ConfigError
 from personae.methods import FedAvgFT, Proximal, ServerAdam, ServerEma
 

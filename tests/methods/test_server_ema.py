@@ -3,7 +3,7 @@ import torch
 
 from personae.aggregate.mean import mean
 from personae.core import State, Training, Update
-from personae.engine.in_process import Arriving
+from personae.engine.rounds import Arriving
 from personae.methods import FedAvgFT, ServerEma
 
 PLAIN = FedAvgFT(Training(1, 1e-2, 4), Training(1, 1e-2, 4))

@@ -82,6 +82,19 @@ def test_values_that_do_not_go_together_stand_beside_the_methods_own_problems():
         ("wrap.proximal=3", "wrap.proximal: expected a table"),
         ("wrap.proximal={}", "wrap.proximal.mu: missing"),
         ("aggregation.rule=meen", "aggregation.rule: 'meen' is unknown; did you mean 'mean'?"),
+        ("aggregation.attackers=-1", "aggregation.attackers: -1, expected at least 0"),
+        ("aggregation.attackers=2", "aggregation.attackers: 2, but rule 'mean' withstands none; median, trimmed_mean"),
+        ("aggregation.rule=krum", "aggregation.attackers: missing; how many clients of a round rule 'krum' is to"),
+        (
+            "aggregation={rule='bulyan', attackers=2}",
+            "aggregation.attackers: 2, against which rule 'bulyan' needs 4 x 2 + 3 = 11 clients in a round, and there "
+            "are 6",
+        ),
+        ("aggregation={rule='median', attackers=3}", "aggregation.attackers: 3, against which rule 'median' needs 2 x"),
+        ("aggregation.clip_norm=0", "aggregation.clip_norm: 0.0, expected above 0, or left out for no clipping"),
+        ("aggregation.clip_norm=nan", "aggregation.clip_norm: "),
+        ("wrap.poisoned={attack='flip', clients=[]}", "wrap.poisoned.attack: input should be 'sign_flip'"),
+        ("wrap.poisoned={attack='scale', clients=[]}", "wrap.poisoned: strength is None, expected a number above 0"),
         ("engine=in_proces", "engine: 'in_proces' is unknown; did you mean 'in_process'?"),
         ("backbone.preset=", "backbone: exactly one of preset and folder is needed"),
         ("data.partition=", "data.partition: missing"),
@@ -90,6 +103,25 @@ def test_values_that_do_not_go_together_stand_beside_the_methods_own_problems():
 def test_one_problem_is_named_where_it_is(override, sentence):
     (found,) = problems(override)
     assert found.startswith(sentence)
+
+
+@pytest.mark.parametrize(("more", "clients"), [("cohort=", 20), ("data.pooled=true", 1)])
+def test_a_cohort_is_counted_where_it_can_be(more, clients):
+    (found,) = problems("aggregation={rule='krum', attackers=9}", more)
+    assert found.endswith(f"needs 2 x 9 + 3 = 21 clients in a round, and there are {clients}")
+
+
+def test_no_round_may_be_smaller_than_its_rule_needs():
+    (found,) = problems("aggregation={rule='krum', attackers=1}", "federation.minimum=4")
+    assert found == (
+        "aggregation.attackers: 1, against which rule 'krum' needs 2 x 1 + 3 = 5 clients in a round, and "
+        "federation.minimum lets 4 do"
+    )
+
+
+def test_a_robust_rule_reaches_the_engine():
+    assert load_recipe("quickstart", ["aggregation={rule='median', clip_norm=2}"]).aggregation.clip_norm == 2.0
+    assert load_recipe("quickstart", ["aggregation={rule='krum', attackers=1}"]).aggregation.attackers == 1
 
 
 def test_a_source_of_folders_needs_a_path_and_a_size():

@@ -10,8 +10,8 @@ import pytest
 
 from personae import errors
 from personae.core import Method, Training
-from personae.methods import METHODS, WRAPPERS
-from personae.recipe.config import TITLE
+from personae.methods import METHODS
+from personae.recipe.config import TITLE, WRAPPERS
 from personae.recipe.schema import Recipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

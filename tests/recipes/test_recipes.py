@@ -48,6 +48,7 @@ def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = [o for o in tiny if recipe.data.partition is not None or "partition" not in o]
     overrides += [FEWER_IMAGES[recipe.data.source]] if recipe.data.source in FEWER_IMAGES else []
+    overrides += ["federation.minimum=2"] if recipe.federation.minimum is not None else []
     settings = [part for override in overrides for part in ("--set", override)]
 
     code, out, error = command("run", name, "--out", "run", *settings)

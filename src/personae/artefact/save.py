@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from personae.core import Arrays, State
@@ -151,12 +151,37 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def load_state(path: Path) -> State:
     """Raises: ArtefactError, when the file is missing, cut short, not a State, or of another format version."""
-    tensors, metadata = _read(path, tensors=True)
+    return _state(*_read(path, tensors=True), str(path))
+
+
+def state_from_bytes(data: bytes, what: str) -> State:
+    """What `state_bytes` wrote, from a peer that may lie: nothing is run, and no more is allocated than `data` is long.
+
+    Raises: ArtefactError, which calls the bytes `what`.
+    """
+    try:
+        tensors = load(data)  # checks that every tensor lies inside the data, before any is made
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _state(tensors, header.get("__metadata__", {}), what)
+    except (
+        SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        raise ArtefactError(f"{what} is no State of personae ({error})") from error
+
+
+def _state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: str) -> State:
+    """Raises: ArtefactError."""
     if metadata.get("format") != "personae.state":
-        raise ArtefactError(f"{path} is a safetensors file, but not one that holds a State of personae")
+        raise ArtefactError(f"{what} is a safetensors file, but not one that holds a State of personae")
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise ArtefactError(
-            f"{path} has format version {metadata.get('format_version')}, this version of personae reads "
+            f"{what} has format version {metadata.get('format_version')}, this version of personae reads "
             f"{FORMAT_VERSION}; install the version that wrote it"
         )
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "extras": {}}
@@ -164,9 +189,12 @@ def load_state(path: Path) -> State:
         for key, value in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = value
-        return State(parts["params"], parts["extras"], json.loads(metadata["facts"]))
-    except (KeyError, ValueError) as error:
-        raise ArtefactError(f"{path} is damaged ({error!r} in its header); restore it from a copy") from error
+        facts = json.loads(metadata["facts"])
+        if not isinstance(facts, dict) or not all(isinstance(v, int | float | str) for v in facts.values()):
+            raise ValueError("facts that are not flat scalars")
+        return State(parts["params"], parts["extras"], facts)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{what} is damaged ({error!r} in its header); restore it from a copy") from error
 
 
 def load_arrays(path: Path) -> dict[str, Tensor]:

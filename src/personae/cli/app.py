@@ -1,7 +1,7 @@
 """`personae`: verbs on things that a user has. Heavy imports wait until a command needs them.
 
 Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 images; 4 tensor shapes; 5 files and folders;
-6 a round could not be completed; 130 stopped by Ctrl-C (the run can be resumed).
+6 a round could not be completed; 7 too few clients; 130 stopped by Ctrl-C (the run can be resumed).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import typer
 app = typer.Typer(
     name="personae",
     help="Personalize diffusion models where the data may not leave its owner.",
-    epilog="Exit codes: 0 done, 2 recipe or argument, 3 images, 4 shapes, 5 files, 6 failed round, 130 Ctrl-C.",
+    epilog="Exit codes: 0 done, 2 recipe or argument, 3 images, 4 shapes, 5 files, 6 failed round, 7 too few clients, "
+    "130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +49,9 @@ def run(
     ],
     out: Annotated[Path | None, typer.Option(help="The run's new folder; runs/<name> when left out.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="'in_process' or 'flower', Flower's simulation; the recipe's when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe, personalize every client, measure, and write a report."""
@@ -55,7 +59,8 @@ def run(
     from personae.recipe.config import load_recipe
     from personae.recipe.workflow import run as train
 
-    loaded = load_recipe(recipe, overrides or ())
+    chosen = [f"engine={engine}"] if engine is not None else []
+    loaded = load_recipe(recipe, [*(overrides or ()), *chosen])
     folder = out if out is not None else Path("runs") / loaded.name
     with Progress(folder, "resume", quiet=as_json) as watch:
         saved = train(loaded, folder, watch=watch)
@@ -159,6 +164,19 @@ def export(
 
     path = open_run(run).export(client, to)
     print(f'wrote {path}; load it with: diffusers.DDPMPipeline.from_pretrained("{path}")')
+
+
+@app.command()
+def deploy(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe.")],
+    to: Annotated[Path, typer.Option(help="The new folder.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value.")] = None,
+) -> None:
+    """Write a Flower app of a recipe, with scripts that start a server and its clients on their own machines."""
+    from personae.recipe.deploy import deploy as write
+
+    folder = write(recipe, to, overrides or ())
+    print(f"wrote {folder}; {folder / 'README.md'} says how to start it")
 
 
 @app.command()

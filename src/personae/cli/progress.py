@@ -70,9 +70,10 @@ class Progress:
         time_left = f"  {_clock(left)} left" if left is not None else ""
         if now.stage != "train":
             return f"{STAGES[now.stage]:13} client {now.clients_done}/{now.clients} ({now.client}){time_left}"
+        refused = f" ({now.refused} left out)" if now.refused else ""
         return (
-            f"{STAGES[now.stage]:13} round {now.round}/{now.rounds}  clients {now.clients_done}/{now.clients}  "
-            f"loss {now.loss:.4f}  up {_mib(self._bytes_up)}  down {_mib(self._bytes_down)}{time_left}"
+            f"{STAGES[now.stage]:13} round {now.round}/{now.rounds}  clients {now.clients_done}/{now.clients}{refused}"
+            f"  loss {now.loss:.4f}  up {_mib(self._bytes_up)}  down {_mib(self._bytes_down)}{time_left}"
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from personae.core import Arrays, Client, ClientData, Denoiser, Images, stream
-from personae.errors import ConfigError
+from personae.errors import ConfigError, FederationError
 
 POOLED = "pooled"
 
@@ -56,15 +56,42 @@ class Population:
     def initial(self, seed: int) -> Arrays:
         return self.model.initial(stream(seed, "server", "init"))
 
-    def cohort(self, round: int, seed: int) -> Sequence[str]:
-        """A uniform sample without replacement, in name order."""
-        if self.cohort_size is None or self.cohort_size == len(self.train):
-            return sorted(self.train)
-        chosen = torch.randperm(len(self.train), generator=stream(seed, "cohort", round))[: self.cohort_size]
-        return sorted(self.train[i] for i in chosen.tolist())
+    def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
+        """A uniform sample without replacement, in name order; everyone, when not more can be reached."""
+        return draw_cohort([name for name in self.train if name in known], self.cohort_size, round, seed)
 
     def client(self, name: str, when: int | str, seed: int) -> Client:
         return Client(name, self.data[name], self.model, stream(seed, name, when))
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Clients that are not known before they come: whoever can be reached trains, but for those named in `new`."""
+
+    model: Denoiser
+    cohort_size: int | None = None
+    new: Sequence[str] = ()
+
+    @property
+    def train(self) -> Sequence[str]:
+        return ()
+
+    def initial(self, seed: int) -> Arrays:
+        return self.model.initial(stream(seed, "server", "init"))
+
+    def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
+        return draw_cohort(sorted(known), self.cohort_size, round, seed)
+
+    def client(self, name: str, when: int | str, seed: int) -> Client:
+        raise FederationError(f"client {name!r} is at its own machine; the server holds nobody's data")
+
+
+def draw_cohort(names: Sequence[str], size: int | None, round: int, seed: int) -> list[str]:
+    """`size` of the names, each as likely as any other, in name order; all of them when there are no more."""
+    if size is None or size >= len(names):
+        return sorted(names)
+    chosen = torch.randperm(len(names), generator=stream(seed, "cohort", round))[:size]
+    return sorted(names[i] for i in chosen.tolist())
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ class Pooled:
     def initial(self, seed: int) -> Arrays:
         return self.members.initial(seed)
 
-    def cohort(self, round: int, seed: int) -> Sequence[str]:
+    def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
         return [POOLED]
 
     def client(self, name: str, when: int | str, seed: int) -> Client:

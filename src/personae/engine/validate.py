@@ -11,20 +11,26 @@ from personae.core import Arrays, Select, Update
 from personae.errors import MismatchedNames, PrivacyError, RefusedUpdate
 
 
+def check_privacy(update: Update, *, round: int, personal: Select) -> None:
+    """Raises: PrivacyError, when an update holds a name that is personal."""
+    private = [name for name in update.sent.params if personal(name)]
+    private += [name for name in update.sent.extras if any(personal(part) for part in _endings(name))]
+    if private:
+        raise PrivacyError(
+            f"client {update.client!r} was about to send {len(private)} personal tensors: "
+            f"{', '.join(sorted(private)[:3])} (round {round}). Nothing was sent; the method must keep them in the "
+            "State that `local` returns second."
+        )
+
+
 def check_update(update: Update, *, round: int, personal: Select, known: Arrays, max_examples: int) -> None:
     """Raise unless the update may be added up. `known` are the server's own parameters: names, shapes and types.
 
     Raises: PrivacyError, when a personal name was sent; MismatchedNames, when names are not the server's;
     RefusedUpdate, for shapes, types, values that are not finite, or an unusable weight.
     """
+    check_privacy(update, round=round, personal=personal)
     who, sent = f"client {update.client!r}", update.sent
-    private = [name for name in sent.params if personal(name)]
-    private += [name for name in sent.extras if any(personal(part) for part in _endings(name))]
-    if private:
-        raise PrivacyError(
-            f"{who} was about to send {len(private)} personal tensors: {', '.join(sorted(private)[:3])} (round "
-            f"{round}). Nothing was sent; the method must keep them in the State that `local` returns second."
-        )
     if sent.params.keys() != known.keys():
         more, less = sorted(sent.params.keys() - known.keys()), sorted(known.keys() - sent.params.keys())
         found = [

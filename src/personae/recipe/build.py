@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from personae.aggregate import RULES
+from personae.aggregate import rule_by_name
+from personae.attack import Poisoned
 from personae.backbone import unet
 from personae.backbone.schedule import schedule
 from personae.backbone.unet import UNetDenoiser
-from personae.core import ClientData, Images, Job, stream
+from personae.core import Client, ClientData, Images, Job, Site, stream
 from personae.data import SOURCES, by_attribute, by_label, client_folders, dirichlet, iid, image_folder, split
 from personae.data.sources import Source
-from personae.engine.population import Pooled, Population
+from personae.engine.patience import Patience
+from personae.engine.population import Pooled, Population, Roster
 from personae.errors import ConfigError, DataError
 from personae.recipe.schema import Data, Partition, Recipe
 
@@ -59,14 +64,36 @@ def build_clients(recipe: Recipe) -> Clients:
         images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(parts)}
         names, label_names = tuple(images), source.label_names
         train, new = names[: len(names) - partition.num_new], names[len(names) - partition.num_new :]
-    return Clients({name: _split(name, images[name], data.heldout, seed) for name in images}, train, new, label_names)
+    _check_attackers(recipe, train)
+    return Clients(
+        {name: split_client(name, images[name], data.heldout, seed) for name in images}, train, new, label_names
+    )
 
 
-def _split(name: str, images: Images, heldout: float, seed: int) -> ClientData:
+def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:
+    """Of a misspelt attacker nothing would be noticed but a rule that withstands everything."""
+    method: Any = recipe.method
+    while method is not None:
+        if isinstance(method, Poisoned) and (lost := sorted(set(method.clients) - set(train))):
+            raise ConfigError(f"wrap.poisoned.clients: {', '.join(lost)} do not train; who does: {', '.join(train)}")
+        method = getattr(method, "method", None)
+
+
+def split_client(name: str, images: Images, heldout: float, seed: int) -> ClientData:
+    """Raises: DataError, which names the client."""
     try:
         return split(images, heldout, stream(seed, "split", name))
     except DataError as error:
         raise DataError(f"client {name!r}: {error}") from error
+
+
+def relabelled(source: Source, label_names: Sequence[str]) -> Images:
+    """A client's own images with labels by the run's names; without labels, where it has others or none."""
+    images = source.images
+    if images.labels is None or not source.label_names or not set(source.label_names) <= set(label_names):
+        return Images(images.pixels, captions=images.captions)
+    places = torch.tensor([list(label_names).index(name) for name in source.label_names])
+    return Images(images.pixels, places[images.labels], images.captions)
 
 
 def _source(data: Data) -> Source:
@@ -134,18 +161,59 @@ def build_denoiser(recipe: Recipe, sample_shape: tuple[int, ...]) -> UNetDenoise
         raise ConfigError(f"machine.device {recipe.machine.device!r} cannot be used here: {reason}") from error
 
 
+@dataclass(frozen=True)
+class RecipeSite:
+    """The clients' half, made from the recipe where it is needed: each process builds it once, and sends only this."""
+
+    recipe: Recipe
+
+    def client(self, name: str, when: int | str, seed: int) -> Client:
+        return _population(self.recipe).client(name, when, seed)
+
+
+@lru_cache(maxsize=1)
+def _population(recipe: Recipe) -> Population:
+    torch.set_num_threads(recipe.machine.threads)
+    clients = build_clients(recipe)
+    return Population(build_denoiser(recipe, clients.sample_shape), clients.data, clients.train, clients.new)
+
+
+def patience(recipe: Recipe) -> Patience:
+    """Raises: ConfigError."""
+    f = recipe.federation
+    return Patience(f.deadline_seconds, f.patience, f.least_seconds, f.wait_seconds)
+
+
+def sample_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Channels, height and width of the images, without anybody's own."""
+    data = recipe.data
+    if data.source in ("clients", "folder"):
+        return (data.channels, int(data.size or 0), int(data.size or 0))
+    channels, height, width = _source(data).images.pixels.shape[1:]
+    return (channels, height, width)
+
+
 def build_job(recipe: Recipe, clients: Clients, model: UNetDenoiser, folder: Path | None) -> Job:
-    """Everything that an engine needs."""
+    """Everything that an engine needs, with all clients at hand."""
     population = Population(model, clients.data, clients.train, clients.new, recipe.cohort)
     members = Pooled(population) if recipe.data.pooled else population
+    return build_job_of(recipe, members, folder, None if recipe.engine == "in_process" else RecipeSite(recipe))
+
+
+def build_job_of(
+    recipe: Recipe, members: Population | Pooled | Roster, folder: Path | None, site: Site | None = None
+) -> Job:
+    """The same for given members, whose clients work at `site`, or where the members say."""
     return Job(
         method=recipe.method,
         members=members,
-        site=members,
+        site=site or members,
         rounds=recipe.rounds,
         seed=recipe.seed,
-        rule=RULES[recipe.aggregation.rule],
+        rule=rule_by_name(recipe.aggregation.rule, recipe.aggregation.attackers),
         max_examples=recipe.aggregation.max_examples,
+        minimum=recipe.federation.minimum,
+        clip_norm=recipe.aggregation.clip_norm,
         folder=folder,
         checkpoint_every=recipe.machine.checkpoint_every,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,18 @@ from typing import Any
 import pydantic
 import tomli_w
 
+from personae.attack import Poisoned
 from personae.core import Method
 from personae.errors import ConfigError
-from personae.methods import METHODS, WRAPPERS
+from personae.methods import METHODS
+from personae.methods import WRAPPERS as OF_METHODS
 from personae.recipe.schema import Recipe
 
 INSTEAD = {"backbone.folder": "backbone.preset", "backbone.preset": "backbone.folder"}
 """Of these exactly one stands in a recipe; `--set` of the one replaces the other."""
+
+WRAPPERS: Mapping[str, type] = {"poisoned": Poisoned, **OF_METHODS}
+"""Around any method, applied in this order from the inside out: those on the server see what attackers sent."""
 
 TITLE = "title"
 """A sentence for people, allowed in every recipe and carried along unread."""
@@ -246,6 +252,7 @@ def _together(recipe: Recipe) -> list[str]:
     from personae.aggregate import RULES
     from personae.engine import ENGINES
     from personae.infer.sample import check_steps
+    from personae.recipe.build import patience
 
     problems = []
     if recipe.rounds < 1:
@@ -258,6 +265,20 @@ def _together(recipe: Recipe) -> list[str]:
         problems.append(
             f"aggregation.rule: {recipe.aggregation.rule!r} is unknown{_nearest(recipe.aggregation.rule, RULES)}"
         )
+    else:
+        problems += _attackers(recipe)
+    if (norm := recipe.aggregation.clip_norm) is not None and not 0 < norm < math.inf:
+        problems.append(f"aggregation.clip_norm: {norm}, expected above 0, or left out for no clipping")
+    if recipe.federation.minimum is not None and not 1 <= recipe.federation.minimum <= (recipe.cohort or math.inf):
+        problems.append(
+            f"federation.minimum: {recipe.federation.minimum}, expected 1 to {recipe.cohort or 'all'}, the cohort"
+        )
+    try:
+        patience(recipe)
+    except ConfigError as error:
+        problems.append(str(error))
+    if recipe.engine == "flower" and recipe.data.pooled:
+        problems.append("data.pooled: everybody's images in one place need the engine 'in_process'")
     if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
         problems.append("backbone: exactly one of preset and folder is needed")
     if not 0 < recipe.data.heldout < 1:
@@ -299,6 +320,32 @@ def _together(recipe: Recipe) -> list[str]:
         if getattr(recipe.machine, name) < 1:
             problems.append(f"machine.{name}: {getattr(recipe.machine, name)}, expected at least 1")
     return problems
+
+
+def _attackers(recipe: Recipe) -> list[str]:
+    """Whether the rule can withstand so many attackers in a cohort of this size, where that is known without data."""
+    from personae.aggregate import NEEDED, fewest
+
+    rule, attackers = recipe.aggregation.rule, recipe.aggregation.attackers
+    if attackers < 0:
+        return [f"aggregation.attackers: {attackers}, expected at least 0"]
+    if rule not in NEEDED:
+        robust = ", ".join(NEEDED)
+        return [f"aggregation.attackers: {attackers}, but rule {rule!r} withstands none; {robust} do"] * (attackers > 0)
+    if attackers == 0 and rule not in ("median", "geometric_median"):
+        return [f"aggregation.attackers: missing; how many clients of a round rule {rule!r} is to withstand"]
+    partition, cohort, minimum = recipe.data.partition, recipe.cohort, recipe.federation.minimum
+    if recipe.data.pooled:
+        cohort = 1
+    elif cohort is None and partition is not None:
+        cohort = partition.num_clients - partition.num_new
+    (a, b), least = NEEDED[rule], fewest(rule, attackers)
+    needs = f"{attackers}, against which rule {rule!r} needs {a} x {attackers} + {b} = {least} clients in a round"
+    if cohort is not None and cohort < least:
+        return [f"aggregation.attackers: {needs}, and there are {cohort}"]
+    if minimum is not None and minimum < least:
+        return [f"aggregation.attackers: {needs}, and federation.minimum lets {minimum} do"]
+    return []
 
 
 def _plain(value: Any) -> Any:

@@ -70,10 +70,34 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """The rule that combines a round's updates, and the largest number of examples that a client may claim."""
+    """The rule that combines a round's updates, and what one client's update may be.
+
+    A robust rule withstands `attackers` of a round's clients. `clip_norm` is the longest change of the model that an
+    update may make, in L2 norm over all that is sent; longer ones are shortened. `max_examples` is the largest number
+    of examples that a client may claim.
+    """
 
     rule: str = "mean"
+    attackers: int = 0
+    clip_norm: float | None = None
     max_examples: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Federation:
+    """How many clients a round needs, and how long a server waits for them.
+
+    `minimum` is how many updates a round needs, everyone's of the cohort when left out: clients that fail, are refused
+    or come too late beyond that are counted and left out. The rest is for engine "flower": a round ends for those who
+    have not answered after `deadline_seconds`, or, once `minimum` have, after `patience` times the median of their own
+    times, but not before `least_seconds`; before a round, it waits `wait_seconds` for enough clients to appear.
+    """
+
+    minimum: int | None = None
+    deadline_seconds: float = 3600.0
+    patience: float = 3.0
+    least_seconds: float = 10.0
+    wait_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,7 @@ class Recipe:
     engine: str = "in_process"
     cohort: int | None = None
     aggregation: Aggregation = field(default_factory=Aggregation)
+    federation: Federation = field(default_factory=Federation)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     machine: Machine = field(default_factory=Machine)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
 from personae.backbone.unet import UNetDenoiser, save_pipeline
-from personae.core import ClientData, Images, Job, Round, State, ignore, stream
-from personae.data import image_folder, split
-from personae.engine import ENGINES
-from personae.engine.in_process import load_parts, personalize_one
+from personae.core import ClientData, Job, Round, State, ignore, stream
+from personae.data import image_folder
+from personae.engine import engine_by_name
+from personae.engine.in_process import personalize_one
 from personae.engine.population import SAFE_NAME
-from personae.errors import ArtefactError, ConfigError, DataError
+from personae.engine.rounds import load_parts
+from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
 from personae.evaluate.histogram import class_histogram
@@ -30,7 +31,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
 from personae.evaluate.report import write_report
 from personae.infer.sample import sample, to_bytes
-from personae.recipe.build import Clients, build_clients, build_denoiser, build_job
+from personae.recipe.build import Clients, build_clients, build_denoiser, build_job, patience, relabelled, split_client
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import differences, environment, versions
 from personae.recipe.schema import Recipe
@@ -109,7 +110,7 @@ def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     if not (saved.folder / "images.json").is_file():
         write_json(saved.folder / "images.json", saved._images)
     if not RunFolder(saved.folder).is_complete():
-        ENGINES[saved.recipe.engine]().run(saved.job, resume=True, watch=watch)
+        engine_by_name(saved.recipe.engine, patience(saved.recipe)).run(saved.job, resume=True, watch=watch)
     if not (saved.folder / "summary.json").is_file():
         saved.evaluate(watch=watch)
     saved.report()
@@ -160,7 +161,9 @@ class SavedRun:
     def _job_of(self, name: str, data: ClientData) -> Job:
         """The same method for one client alone, without anybody else's images."""
         clients = Clients({name: data}, (name,), (), ())
-        return build_job(dataclasses.replace(self.recipe, cohort=None), clients, self._model, self.folder)
+        return build_job(
+            dataclasses.replace(self.recipe, engine="in_process", cohort=None), clients, self._model, self.folder
+        )
 
     @cached_property
     def _released(self) -> State:
@@ -208,7 +211,7 @@ class SavedRun:
         try:
             write_json(self.folder / "added.json", {**self._added(), name: entry})
             folder.save_personal(name, personal, backbone)  # what has this file is complete
-            figures = self._figures(name, "new", own)
+            figures = self.measure_client(name, "new", own)
             write_json(self.folder / "added.json", {**self._added(), name: {**entry, "figures": figures}})
         finally:
             folder.release()
@@ -262,15 +265,21 @@ class SavedRun:
                 data[name] = self._read(name, Path(entry["data"]))
         for name, role in roles.items():
             if name not in figures:
-                figures[name] = self._figures(name, role, data[name])
+                figures[name] = self.measure_client(name, role, data[name])
             seconds, done = time.perf_counter() - started, len(figures) == len(roles)
             nan, rounds = float("nan"), self.recipe.rounds
             watch(Round("evaluate", rounds, rounds, name, len(figures), len(roles), nan, 0, 0, seconds, done))
+        self.summarize(figures, time.perf_counter() - started)
+        return self.summary
+
+    def summarize(self, figures: Mapping[str, dict[str, Any]], seconds: float) -> None:
+        """Write summary.json from the clients' figures, which took `seconds`, and the cost of the training."""
         cost = read_json(self.folder / "cost.json")
         for name, figure in figures.items():
             traffic = cost["traffic"].get(name, {"up": 0, "down": self._released.num_bytes()})
             figure |= {"bytes_up": traffic["up"], "bytes_down": traffic["down"]}
-        stages = {**cost["stages"], "evaluate_seconds": time.perf_counter() - started}
+        stages = {**cost["stages"], "evaluate_seconds": seconds}
+        losses = [f["heldout_loss"] for f in figures.values() if f.get("heldout_loss") is not None]
         summary = {
             "format_version": SUMMARY_VERSION,
             "recipe": self.recipe.name,
@@ -281,16 +290,15 @@ class SavedRun:
             "wall_seconds": sum(stages.values()),
             "bytes_up": sum(t["up"] for t in cost["traffic"].values()),
             "bytes_down": sum(t["down"] for t in cost["traffic"].values()),
-            "heldout_loss": sum(f["heldout_loss"] for f in figures.values()) / len(figures),
+            "heldout_loss": sum(losses) / len(losses) if losses else None,
             "versions": versions(),
             "features": None if self._features is None else {"name": self._features.name},
             "label_names": self._label_names or None,
             "model_parameters": sum(p.numel() for p in self._model.live().values()),
             "stages": stages,
-            "clients": figures,
+            "clients": dict(figures),
         }
         write_json(self.folder / "summary.json", summary)
-        return self.summary
 
     def report(self) -> Path:
         """Write report.html from what the folder holds."""
@@ -307,14 +315,7 @@ class SavedRun:
         """A new client's images, in the size and channels that the backbone draws."""
         channels, size, _ = self._model.sample_shape
         source = image_folder(folder, size=size, channels=channels, on_unreadable=self.recipe.data.on_unreadable)
-        try:
-            return split(
-                Images(source.images.pixels, captions=source.images.captions),
-                self.recipe.data.heldout,
-                stream(self.recipe.seed, "split", name),
-            )
-        except DataError as error:
-            raise DataError(f"client {name!r}: {error}") from error
+        return split_client(name, relabelled(source, self._label_names), self.recipe.data.heldout, self.recipe.seed)
 
     def _draw(
         self, model: UNetDenoiser, name: str, count: int, seed: int | None, unconditional: bool = False
@@ -332,7 +333,7 @@ class SavedRun:
         )
         return to_bytes(drawn)
 
-    def _figures(self, name: str, role: str, data: ClientData) -> dict[str, Any]:
+    def measure_client(self, name: str, role: str, data: ClientData) -> dict[str, Any]:
         """Everything that summary.json says of one client, and its grids in samples/."""
         evaluation, features, seed = self.recipe.evaluation, self._features, self.recipe.seed
         reference = Reference(data, features, evaluation.kid_subset_size, evaluation.kid_subsets, seed)

@@ -14,8 +14,9 @@ from torch import Tensor
 from personae.aggregate.mean import mean
 from personae.artefact.save import load_state, save_state
 from personae.core import Arrays, Method, Round, Run, State, Update, divide, pick, stream
-from personae.engine.in_process import Arriving, InProcess, load_parts
+from personae.engine.in_process import InProcess
 from personae.engine.population import Population
+from personae.engine.rounds import Arriving, load_parts
 from personae.testing.contract import (
     ContractBroken,
     cloned,
