@@ -67,7 +67,7 @@ def cell(rule: str, attack: str, out: Path) -> dict[str, Any]:
         summary = personae.run(RECIPE, folder, overrides=settings(rule, attack)).summary
         found = {"heldout_loss": summary["heldout_loss"]}
     except PersonaeError as error:
-        found = {"error": f"{type(error).__name__}: {error}"}
+        found = {"error": f"{type(error).__name__}: {str(error).splitlines()[-1].strip(' -')}"}
     shutil.rmtree(folder, ignore_errors=True)
     return {**found, "cpu_seconds": round(time.process_time() - started, 1)}
 
@@ -84,7 +84,7 @@ def table(cells: Mapping[str, Mapping[str, Any]]) -> str:
             if found is None:
                 row.append("")
             elif "error" in found:
-                row.append("stops")
+                row.append("refused" if found["error"].startswith("ConfigError") else "stops")
             elif found["heldout_loss"] is None:
                 row.append("not finite")
             else:
@@ -94,7 +94,7 @@ def table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         tried = sum(f"{rule} / {attack}" in cells for attack in ATTACKS if attack != "none")
         lines.append(f"| {rule} | {' | '.join(row)} | {withstood} of {tried} |")
     minutes = sum(found["cpu_seconds"] for found in cells.values()) / 60
-    named = ", ".join(f"{name} {version}" for name, version in versions().items())
+    named = ", ".join(f"{name} {version}" for name, version in versions().items() if version[0].isdigit())
     return "\n".join(
         [
             f"1.000 is a loss of {clean:.4f}; **bold** is at most {LIMIT:.2f}. "
