@@ -335,6 +335,18 @@ def test_a_line_cut_short_by_a_kill_is_left_out(folder):
     assert write_report(folder).read_text("utf-8") == whole
 
 
+def test_whoever_was_left_out_of_rounds_is_named_with_the_reason(folder):
+    assert "Left out of rounds" not in Balanced(write_report(folder).read_text("utf-8")).text
+    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for record in records[3:6]:
+        record["refused"] = {"c9": "RefusedUpdate: client 'c9' sent <nan> (round 4)", "c8": "ClientSilent: too late"}
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = Balanced(write_report(folder).read_text("utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert "c9 RefusedUpdate 3 4 client 'c9' sent <nan> (round 4)" in text and "c8 ClientSilent 3 4 too late" in text
+    assert page.wrong == []
+
+
 def test_clients_that_train_alone_send_nothing(folder):
     def change(summary):
         without_classes(summary)

@@ -60,12 +60,12 @@ def unpack(content: RecordDict, max_bytes: int | None = None) -> tuple[dict[str,
 
     Raises: RefusedUpdate, for records that are not ours or longer than `max_bytes`; ArtefactError, for a damaged State.
     """
-    about = content.config_records.get("about")
-    if about is None or about.get("protocol") != PROTOCOL:
-        found = None if about is None else about.get("protocol")
+    # Not by content.config_records and the like: each is a cycle that holds the message until the garbage collector runs.
+    about, arrays = content.get("about"), content.get("state")
+    if not isinstance(about, ConfigRecord) or about.get("protocol") != PROTOCOL:
+        found = about.get("protocol") if isinstance(about, ConfigRecord) else None
         raise RefusedUpdate(f"a message of protocol {found!r} came, expected {PROTOCOL}; install the same version")
-    arrays = content.array_records.get("state")
-    if arrays is None:
+    if not isinstance(arrays, ArrayRecord):
         return dict(about), State()
     array = arrays.get("state")
     if array is None or array.stype != FORMAT:

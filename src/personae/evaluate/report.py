@@ -113,6 +113,7 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
             chart for key, title in DOTS.items() if (chart := dot_chart(key, title, shown_new, shown_train))
         ],
         "traffic_chart": traffic_chart(rounds),
+        "left_out": _left_out(rounds),
         "rounds_bytes": {"up": sum(up for up, _ in up_down), "down": sum(down for _, down in up_down)},
         "table": _table(shown_train, shown_new, train, new),
         "stages": [(key.removesuffix("_seconds"), seconds) for key, seconds in (summary.get("stages") or {}).items()],
@@ -141,6 +142,19 @@ def _rounds(folder: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def _left_out(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By client and kind of problem: how often, in which round first, and what was said then."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in rounds:
+        for client, problem in record.get("refused", {}).items():
+            kind, _, text = str(problem).partition(": ")
+            row = found.setdefault((client, kind), {"client": client, "kind": kind, "times": 0})
+            row.setdefault("first", record["round"])
+            row.setdefault("text", text)
+            row["times"] += 1
+    return [found[key] for key in sorted(found)]
 
 
 def _pictures(folder: Path) -> dict[str, dict[str, Any]]:
