@@ -208,6 +208,8 @@ class _OverGrid:
         """Ask every node that is not known yet who it is, for at most a few seconds."""
         there = set(self.grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in there}
+        # Who was turned away and comes back, perhaps with another version, is asked again.
+        self.strangers = {node: why for node, why in self.strangers.items() if node in there}
         fresh = there - {*self.nodes.values(), *self.strangers, *self._asked.values()}
         for node in sorted(fresh):
             self._asked[self._push(pack({"run": self.run}), node, HELLO)] = node
