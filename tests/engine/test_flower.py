@@ -325,6 +325,28 @@ def test_a_node_that_does_not_fit_is_turned_away(key, value, sentence, tmp_path,
     assert all(list(r["clients"]) == ["c0", "c2"] for r in records(tmp_path / "run"))
 
 
+def test_a_node_that_was_turned_away_may_come_back(tmp_path):
+    """With the right version: a SuperNode keeps its number when it is started again."""
+    offline, wrong = set(), {2}
+
+    def bend(node, reply):
+        if node in wrong and "method" in reply.content.config_records["about"]:
+            reply.content.config_records["about"]["version"] = "0.0.0"
+        return reply
+
+    def restart(now):
+        if now.done and now.round == 1:
+            wrong.clear()
+            offline.add(2)
+        elif now.done:
+            offline.clear()
+
+    engine = Loopback(bend=bend, offline=offline)
+    engine.run(job(tmp_path / "run", minimum=2, rounds=3), watch=restart)
+    two, three = ["c0", "c2"], ["c0", "c1", "c2"]
+    assert [list(r["clients"]) for r in records(tmp_path / "run")] == [two, two, three]
+
+
 def test_a_client_whose_state_is_gone_is_refused_and_not_reset(tmp_path, capsys):
     part = job(tmp_path / "run", minimum=2, rounds=2)
     Loopback().run(replace(part, rounds=1))

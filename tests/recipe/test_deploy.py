@@ -1,7 +1,10 @@
 """A deployed recipe: the folder that is written, and both halves of it over a loopback grid."""
 
+import os
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,7 +77,8 @@ def test_a_deployment_ends_in_the_bits_of_one_process_and_in_a_report(folders, t
         ):
             assert ours[name][key] == theirs[name][key], (name, key)
         # How many images of which class somebody has stays where it is.
-        assert "labels" not in ours[name] and "sampled_labels" not in ours[name]
+        assert ours[name]["labels"] is None and ours[name]["sampled_labels"] is None
+        assert ours[name].keys() == theirs[name].keys()
         assert 0 <= ours[name]["histogram_distance"] <= 1
     assert "<html" in (saved.folder / "report.html").read_text("utf-8")
     assert not list((tmp_path / "run").rglob("*.png"))
@@ -117,6 +121,21 @@ def test_what_is_written_is_small_and_has_no_weights(tmp_path):
         assert script.stat().st_mode & 0o111
     assert not [path for path in app.iterdir() if "$$" in path.read_text("utf-8")]
     assert load_recipe(app / "recipe.toml").engine == "flower"
+
+
+def test_only_the_app_travels_to_the_clients(tmp_path):
+    """Not what the server's own folder comes to hold: keys, Flower's files, a run."""
+    app = deploy.deploy("quickstart", tmp_path / "app", ["federation.minimum=3"])
+    for other in ("flower/config.toml", "flower/apps/x/personae_app.py", "run/summary.json", "keys/notes.md"):
+        (app / other).parent.mkdir(parents=True, exist_ok=True)
+        (app / other).write_text("{}")
+    flwr = Path(sysconfig.get_path("scripts")) / "flwr"
+    subprocess.run(
+        [flwr, "build"], cwd=app, env={**os.environ, "FLWR_HOME": str(tmp_path)}, check=True, capture_output=True
+    )
+    (built,) = app.glob("*.fab")
+    names = set(zipfile.ZipFile(built).namelist())
+    assert names == {".info/CONTENT", "README.md", "personae_app.py", "pyproject.toml", "recipe.toml"}
 
 
 def test_a_deployment_must_say_how_many_clients_a_round_needs(tmp_path):

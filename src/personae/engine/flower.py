@@ -28,6 +28,7 @@ from personae.errors import (
     ArtefactError,
     ClientFailed,
     ClientSilent,
+    ConfigError,
     FederationError,
     PersonaeError,
     PrivacyError,
@@ -60,7 +61,7 @@ def unpack(content: RecordDict, max_bytes: int | None = None) -> tuple[dict[str,
 
     Raises: RefusedUpdate, for records that are not ours or longer than `max_bytes`; ArtefactError, for a damaged State.
     """
-    # Not by content.config_records and the like: each is a cycle that holds the message until the garbage collector runs.
+    # Not by content.config_records and the like: that makes a cycle, which holds the message until garbage is collected.
     about, arrays = content.get("about"), content.get("state")
     if not isinstance(about, ConfigRecord) or about.get("protocol") != PROTOCOL:
         found = about.get("protocol") if isinstance(about, ConfigRecord) else None
@@ -409,7 +410,8 @@ class Flower:
 def simulated(job: Job, names: Sequence[str]) -> SeatOf:
     """Seats by the number that Flower gives each simulated node; their personal files go to the run's own folder."""
     method, site, seed, folder = job.method, job.site, job.seed, job.folder
-    assert folder is not None, "simulated clients keep their states in the run's folder"
+    if folder is None:
+        raise ConfigError("simulated clients keep their states in the run's folder; give the job one")
     personal: Path = folder / "clients"
     nodes = folder / "checkpoint" / "nodes"
 

@@ -38,6 +38,33 @@ from personae.recipe.schema import Recipe
 from personae.recipe.workflow import SavedRun, Watch
 
 TEMPLATES = Path(__file__).parent / "deployment"
+FIGURES = [
+    "role",
+    "num_images",
+    "num_heldout",
+    "labels",
+    "sampled_labels",
+    "sampled_labels_before",
+    "heldout_loss",
+    "heldout_loss_before",
+    "histogram_distance",
+    "histogram_distance_before",
+    "kid",
+    "kid_std",
+    "kid_floor",
+    "kid_features",
+    "frechet",
+    "precision",
+    "recall",
+    "nearest_train_distance",
+    "copy_ratio",
+    "trained_parameters",
+    "bytes_up",
+    "bytes_down",
+    "personal_file_bytes",
+]
+"""What summary.json says of each client; whatever a client does not tell is null."""
+
 AT_THE_NODES = "given by each node"
 
 
@@ -214,7 +241,7 @@ def serve(recipe: Recipe, grid: Any, config: Mapping[str, Any], progress: Progre
             watch=watch,
             patience=patience(recipe),
             make=make,
-            told=lambda name, facts: told.update({name: dict(facts)}),
+            told=lambda name, facts: told.update({name: {**dict.fromkeys(FIGURES), **facts}}),
         )
     saved.summarize(dict(sorted(told.items())), 0.0)
     print(f"personae: report: {saved.report()}", flush=True)
