@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import pairwise
@@ -26,13 +27,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from engine import NoOp, population
 from flwr.app import ArrayRecord, Context, Message, Metadata, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
+from engine import NoOp, population
 from personae.aggregate import mean
 from personae.backbone.unet import PRESETS
 from personae.core import Arrays, Job, Round, State, Update, ignore, stream
@@ -42,7 +43,7 @@ from personae.engine.population import Population
 from personae.engine.rounds import Answer, Since, play
 from personae.recipe.environment import versions
 
-ROUNDS, CLIENTS, REPEATS = 20, 20, 5
+ROUNDS, CLIENTS = 20, 20
 REPLIES, WIDTH = 300, 64
 """A tiny U-Net of this width has 1.06 M parameters, 4 MB."""
 
@@ -141,14 +142,14 @@ def pfl_itself(members: Population) -> Times:
     return ends
 
 
-def overhead() -> dict[str, Any]:
-    """Every engine in turn, `REPEATS` times after a first one that imports what it needs."""
+def overhead(repeats: int = 3) -> dict[str, Any]:
+    """Every engine in turn, after a first turn in which each imports what it needs."""
     members = population(CLIENTS)
     engines = {"in_process": in_process, "flower_engine": flower_engine, "flower": flower_itself}
     if find_spec("pfl"):
         engines["pfl"] = pfl_itself
     found: dict[str, dict[str, list[float]]] = {name: {"each_ms": [], "first_seconds": []} for name in engines}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         for name, run in engines.items():
             ends = run(members)
             assert len(ends) == ROUNDS, f"{name} ended {len(ends)} rounds, expected {ROUNDS}"
@@ -156,7 +157,10 @@ def overhead() -> dict[str, Any]:
                 each = statistics.median(after - before for before, after in pairwise(ends))
                 found[name]["each_ms"].append(each / CLIENTS * 1e3)
                 found[name]["first_seconds"].append(ends[0])
-            print(f"overhead, repeat {repeat}, {name}: first round after {ends[0]:.3f} s, last {ends[-1]:.3f} s")
+            print(
+                f"overhead, repeat {repeat}, {name}: first round after {ends[0]:.3f} s, last {ends[-1]:.3f} s",
+                flush=True,
+            )
     return {"model_mb": _num_bytes(_shared(members)) / 1e6, "clients": CLIENTS, "rounds": ROUNDS, **found}
 
 
@@ -168,11 +172,9 @@ def _shared(members: Population) -> Arrays:
 
 
 def model_of_4_mb() -> Arrays:
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **{**PRESETS["tiny"], **WIDER})
+    layers = {**PRESETS["tiny"], "block_out_channels": (WIDTH, WIDTH)}
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **layers)
     return {name: value.detach() for name, value in unet.named_parameters()}
-
-
-WIDER = {"block_out_channels": (WIDTH, WIDTH)}
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,10 @@ def ours(model: Arrays, replies: Iterator[RecordDict], number: int = REPLIES) ->
     return play(job, Replying(names, replies), State(model), 1, Since({}, {}), ignore)[0].params
 
 
-def flowers(replies: Iterator[Message]) -> Arrays:
+def flowers(replies: Iterator[Message]) -> ArrayRecord:
     """Flower's own: every reply decoded and added up."""
-    arrays, _ = FedAvg(fraction_evaluate=0.0).aggregate_train(1, replies)
-    return arrays.to_torch_state_dict()
+    arrays, _ = FedAvg().aggregate_train(1, replies)
+    return arrays
 
 
 def flower_reply(params: Arrays, num_examples: int) -> Message:
@@ -222,8 +224,18 @@ def flower_reply(params: Arrays, num_examples: int) -> Message:
 
 def _message(content: Mapping[str, Any]) -> Message:
     """A reply outside of a running federation."""
-    told = dict(run_id=1, message_id="m", src_node_id=1, dst_node_id=0, reply_to_message_id="q", group_id="")
-    return Message(metadata=Metadata(**told, created_at=0.0, ttl=1.0, message_type="train"), content=RecordDict(content))
+    metadata = Metadata(
+        run_id=1,
+        message_id="m",
+        src_node_id=1,
+        dst_node_id=0,
+        reply_to_message_id="q",
+        group_id="",
+        created_at=0.0,
+        ttl=1.0,
+        message_type="train",
+    )
+    return Message(metadata=metadata, content=RecordDict(content))
 
 
 def pfls(updates: Iterator[Any]) -> Arrays:
@@ -241,7 +253,7 @@ def pfls(updates: Iterator[Any]) -> Arrays:
     return dict(total.items())
 
 
-def aggregation() -> dict[str, Any]:
+def aggregation(repeats: int = 5) -> dict[str, Any]:
     """The same replies through both servers; and tensors in memory through our mean and pfl's."""
     model = model_of_4_mb()
     sent = [
@@ -251,28 +263,28 @@ def aggregation() -> dict[str, Any]:
     ]
     packed = [pack({"num_examples": update.num_examples}, update.sent) for update in sent]
     messages = [flower_reply(update.sent.params, update.num_examples) for update in sent]
-    work: dict[str, Callable[[], Arrays]] = {
-        "ours": lambda: ours(model, iter(packed)),
-        "flower": lambda: flowers(iter(messages)),
-        "our_mean": lambda: mean(iter(sent)),
-    }
-    if find_spec("pfl"):
-        work["pfl"] = lambda: pfls(iter(copied))
-    found: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(REPEATS + 1):
-        copied = _pfl_statistics(sent) if "pfl" in work else []  # pfl weights in place
+    found: dict[str, list[float]] = {}
+    for repeat in range(repeats + 1):
+        work: dict[str, Callable[[], Any]] = {
+            "ours": partial(ours, model, iter(packed)),
+            "flower": partial(flowers, iter(messages)),
+            "our_mean": partial(mean, iter(sent)),
+        }
+        if find_spec("pfl"):
+            work["pfl"] = partial(pfls, iter(_pfl_statistics(sent)))  # anew, since pfl weights in place
         means = {}
         for name, run in work.items():
             started = time.perf_counter()
             means[name] = run()
             seconds = time.perf_counter() - started
             if repeat:
-                found[name].append(REPLIES * _num_bytes(model) / seconds / 1e6)
-            print(f"aggregation, repeat {repeat}, {name}: {REPLIES / seconds:.0f} replies/s")
+                found.setdefault(name, []).append(REPLIES * _num_bytes(model) / seconds / 1e6)
+            print(f"aggregation, repeat {repeat}, {name}: {REPLIES / seconds:.0f} replies/s", flush=True)
+        means["flower"] = means["flower"].to_torch_state_dict()
         for name, values in means.items():
             for key, value in values.items():
                 assert torch.allclose(value, means["ours"][key], atol=1e-4), f"{name} has another mean of {key}"
-        del copied, means
+        del work, means
     size = {"model_mb": _num_bytes(model) / 1e6, "tensors": len(model), "replies": REPLIES}
     extra = {name: _in_a_process_of_its_own(name) for name in ("ours", "flower")}
     return {**size, "mb_per_second": found, "extra_mb": extra}
@@ -303,22 +315,19 @@ def peak(name: str) -> float:
     The kernel's high-water mark of this process (VmHWM), set back just before; the model and one reply, of which all
     others are copies, stand before.
     """
-    model = model_of_4_mb()
-    small = {"a": torch.zeros(2)}
+    model, small = model_of_4_mb(), {"a": torch.zeros(2)}
+    run: Callable[[], Any]
     if name == "ours":
         ours(small, iter([pack({"num_examples": 1}, State(small))]), 1)
-        template = pack({"num_examples": 1}, State(model))
-        copies: Any = (_copy(template) for _ in range(REPLIES))
-        run: Callable[[], Any] = lambda: ours(model, copies)  # noqa: E731
+        content = pack({"num_examples": 1}, State(model))
+        run = partial(ours, model, (_copy(content) for _ in range(REPLIES)))
     else:
         flowers(iter([flower_reply(small, 1)]))
-        message = flower_reply(model, 1)
-        copies = (_message(_copy(message.content)) for _ in range(REPLIES))
-        run = lambda: flowers(copies)  # noqa: E731
+        content = flower_reply(model, 1).content
+        run = partial(flowers, (_message(_copy(content)) for _ in range(REPLIES)))
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mb("VmRSS")
-    kept = run()
-    assert kept, "there is a mean"
+    assert run(), "there is a mean"
     return _status_mb("VmHWM") - before
 
 
@@ -339,6 +348,15 @@ def _status_mb(key: str) -> float:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
+NOTES = """\
+Medians over interleaved repeats, with the smallest and the largest. Flower's client returns the arrays undecoded and
+keeps nothing; ours loads the model, and on the Flower engine keeps its part on disk. Peak memory is the kernel's
+high-water mark of a process of its own, less what was resident before the first reply.
+
+pfl has no wire and no validation, so it stands only where tensors in memory are concerned. Installed as a whole it
+takes attrs below 24 and absl-py 1.4 with it; here only what was missing came from a folder of its own."""
+
+
 def table(found: Mapping[str, Any]) -> str:
     """One line per comparison; a ratio above 1 says that ours is better."""
     lines = ["| what | ours | rival | times better | figure to reach |", "|---|---|---|---|---|"]
@@ -347,7 +365,7 @@ def table(found: Mapping[str, Any]) -> str:
     if summed := found.get("aggregation"):
         lines += _aggregation_lines(summed)
     named = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return "\n".join([*lines, "", f"Versions: {named}; {found['threads']} thread.", ""])
+    return "\n".join([*lines, "", NOTES, "", f"Versions: {named}; {found['threads']} thread.", ""])
 
 
 def _overhead_lines(cost: Mapping[str, Any]) -> list[str]:

@@ -2,9 +2,9 @@
 
     python benchmarks/reliability.py --out runs/reliability [--docs docs] [--only NAME ...]
 
-Every row starts a SuperLink and SuperNodes by the scripts that `personae deploy` writes, on this machine, does something
-to them, and looks at what became of the run. A row that stands in OUT/rows.json is not run again, so that a stopped
-benchmark goes on where it was; --only runs the named rows anew. About a minute or two each on two processors. With
+Every row starts a SuperLink and SuperNodes by the scripts that `personae deploy` writes, on this machine, does
+something to them, and looks at what became of the run. A row that stands in OUT/rows.json is not run again, so that a
+stopped benchmark goes on where it was; --only runs the named rows anew. A minute to four each, on two processors. With
 --docs, the table and the rows are written there. Needs `personae[flower]`, openssl and ssh-keygen.
 """
 
@@ -124,13 +124,17 @@ class Deployment:
         if register:
             self.call("keys", self.app / "start.sh", "register", self.app / "keys" / f"{name}.pub")
 
-    def node(self, name: str, *, to: int | None = None, app: Path | None = None, **more: str) -> Callable[[], None]:
+    def node(self, name: str, *, to: int | None = None, app: Path | None = None, **more: str) -> Callable[..., None]:
         """Start a SuperNode, at first or again. Returns what waits until the SuperLink has let it in."""
         path = self.folder / "log" / f"{name}.log"
         before = self.log(name).count("SuperNode ID") if path.is_file() else 0
         arguments = [name, self.folder / "photos" / name, self.folder / "state" / name, f"127.0.0.1:{to or self.port}"]
         self.start(name, (app or self.app) / "node.sh", *arguments, **{"PORT": str(free_port()), **more})
-        return lambda: until(lambda: self.log(name).count("SuperNode ID") > before, 120, f"{name} is let in")
+
+        def let_in(seconds: float = 120) -> None:
+            until(lambda: self.log(name).count("SuperNode ID") > before, seconds, f"{name} is let in")
+
+        return let_in
 
     def everyone(self, names: Sequence[str] = NAMES, **to: int) -> None:
         self.server()
@@ -342,27 +346,38 @@ def restarted(folder: Path) -> Seen:
 
 def gone_for_a_round(folder: Path, number: int) -> Seen:
     """Ben's SuperNode and what it started get a signal while ben trains for the second time, and are started again."""
-    with Deployment(folder, ANYONE) as d:
+    with Deployment(folder, (*ANYONE, "rounds=6")) as d:
         d.everyone()
         going = d.go()
         d.wait_rounds(1)
         d.wait_asked("ben", 2)
         time.sleep(random.uniform(0, 3))
         before = d.kept("ben")["000001.safetensors"]
-        if number == signal.SIGKILL:
-            num = len(d.kill("ben"))
-        else:
-            num = len(d.kill("ben", number, "flower-supernode"))
-            until(lambda: not list(processes(f"{folder}:ben")), 60, "ben's SuperNode ends")
-        intact = d.kept("ben")["000001.safetensors"] == before
-        d.node("ben")
+        num = len(d.kill("ben", number, "" if number == signal.SIGKILL else "flower-supernode"))
+        until(lambda: not list(processes(f"{folder}:ben")), 60, "ben's SuperNode ends")
+        intact, gone, tries = d.kept("ben")["000001.safetensors"] == before, time.monotonic(), again(d, "ben")
+        back = time.monotonic() - gone
         d.finish(going)
-        now = sorted(d.kept("ben"))
-        fine = took_part(d) == BACK and intact and "000003.safetensors" in now and is_reported(d)
-        state = "intact" if intact else "damaged"
+        now, parts = sorted(d.kept("ben")), took_part(d)
+        fine = parts[0] == parts[-1] == ["anna", "ben"] and ["anna"] in parts and intact and is_reported(d)
         return Seen(
-            f"{num} processes; {rounds(d)}<br>ben's file of round 1 was {state}; at the end kept/ holds {now}", fine
+            f"{num} processes; let in again after {back:.0f} s, at the {tries}th start; {rounds(d)}<br>ben's file of "
+            f"round 1 was {'intact' if intact else 'damaged'}; at the end kept/ holds {', '.join(now)}",
+            fine and f"{len(parts):06d}.safetensors" in now,
         )
+
+
+def again(d: Deployment, name: str) -> int:
+    """Start a SuperNode until it is let in, as a service manager does it. Returns how many times it took."""
+    for number in range(1, 30):
+        let_in = d.node(name)
+        process = d.started[-1]
+        while process.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                let_in(0.1)
+                return number
+        time.sleep(5)
+    raise TimeoutError(f"{name} was not let in again")
 
 
 def hangs(folder: Path) -> Seen:
@@ -381,15 +396,22 @@ def hangs(folder: Path) -> Seen:
 
 
 def too_few(folder: Path) -> Seen:
-    with Deployment(folder, ("federation.minimum=2", "federation.wait_seconds=15")) as d:
+    with Deployment(folder, ("federation.minimum=2", "federation.wait_seconds=45")) as d:
         d.everyone(("anna",))
         code = d.finish(d.go())
         waits = re.findall(r"personae: (round 1 waits .*)", d.log("run"))[:1]
-        ended = re.findall(r"round 1: 1 clients can be reached.*", d.log("run"))[:1]
-        until(lambda: not list(processes(f"{folder}:server-app")), 5, "nothing")
+        ended = re.findall(r"round 1: 1 clients can be reached.*? at least 2", d.log("run"))[:1]
         left = server_apps(d, 30)
+        listed = subprocess.run(
+            ["flwr", "list", "here", "--format", "json"],
+            env=d.environment("keys", {"FLWR_HOME": str(d.app / "flower")}),
+            capture_output=True,
+            text=True,
+        ).stdout
+        status = re.findall(r'"status": *"(.*?)"', listed)
         return Seen(
-            f"log: {waits}, then {ended}; `start.sh run` returned {code}; flwr-serverapp processes left: {left}",
+            f"log: {waits}, then {ended}; `start.sh run` returned {code}, `flwr list` says {status}; "
+            f"flwr-serverapp processes left: {left}",
             bool(waits and ended) and left == 0 and code != 0,
         )
 
@@ -419,29 +441,29 @@ def cut(folder: Path) -> Seen:
 
 
 def server_app(folder: Path, times: int = 3) -> Seen:
-    """Every time a run of its own, by the same SuperLink and SuperNodes."""
+    """One run, killed so many times: in its first round, in its second, and so on."""
     with Deployment(folder, EVERYONE) as d:
         d.everyone()
-        equal, words = 0, []
+        going, words = d.go(), []
         for number in range(times):
-            d.run = folder / f"run{number}"
-            going = d.go()
             until(lambda: (d.run / "federation.json").is_file(), 120, "the run begins")
-            time.sleep(random.uniform(0, 30))
+            d.wait_rounds(number)
+            time.sleep(random.uniform(0, 10))
             at, dead = len(d.records()), time.monotonic()
             killed = d.kill("server", program="flwr-serverapp")
             try:
-                going.wait(20)
+                going.wait(10)
                 ended = f"`flwr run` ended {time.monotonic() - dead:.0f} s later"
             except subprocess.TimeoutExpired:
-                ended = "`flwr run` still waited 20 s later and was stopped"
+                ended = "`flwr run` still waited 10 s later and was stopped"
                 d.kill("run")
-            code = d.finish(d.go())
-            same = bool(killed) and d.results() == d.reference()
-            equal += same
-            words.append(f"killed after {at} rounds, {ended}; again: returned {code}, same bits: {same}")
+            words.append(f"killed {len(killed)} process after {at} rounds, {ended}")
             print(f"  {words[-1]}", flush=True)
-        return Seen("<br>".join(words), equal, times)
+            going = d.go()
+        code = d.finish(going)
+        equal = d.results() == d.reference()
+        words.append(f"the last start returned {code}; {len(d.records())} rounds; same bits: {equal}")
+        return Seen("<br>".join(words), times * equal, times)
 
 
 def super_link(folder: Path) -> Seen:
@@ -451,6 +473,7 @@ def super_link(folder: Path) -> Seen:
         d.wait_rounds(1)
         time.sleep(random.uniform(0, 5))
         d.kill("server", program="flower-superlink")
+        d.started[0].wait()  # or what it started would take it to be alive
         left = server_apps(d, 30)
         at = len(d.records())
         until(lambda: not list(processes(f"{folder}:server")), 60, "the SuperLink's processes end")
@@ -487,9 +510,12 @@ def mismatch(folder: Path) -> Seen:
         for let_in in waiting:
             let_in()
         d.finish(d.go())
-        away = re.findall(r"a node was turned away: (.*)", d.log("run"))
+        away = [text[:110] for text in re.findall(r"a node was turned away: (.*)", d.log("run"))]
         fine = took_part(d) == [["anna"]] and any("'ben': version" in a for a in away)
-        return Seen(f"{away}; {rounds(d)}", fine and any("'cem': method is" in a for a in away))
+        return Seen(
+            f"{' ...<br>'.join(away)} ...<br>{rounds(d)}, with the server's recipe",
+            fine and any("'cem': method is" in a for a in away),
+        )
 
 
 OTHER_SPIRE = """
@@ -541,7 +567,7 @@ def last_words(d: Deployment, part: str, start: Callable[[], object]) -> str:
         process.wait(30)
     code = "still trying" if process.poll() is None else f"exit code {process.returncode}"
     d.kill(part)
-    lines = [line for line in d.log(part).splitlines() if re.search(r"ERROR|WARN|rror|denied|refused|verify", line)]
+    lines = [line for line in d.log(part).splitlines() if re.search(r"\[code|SSL:|WARN", line)]
     text = lines[-1] if lines else d.log(part)[-300:]
     return f"`{re.sub(chr(27) + r'.*?m', '', text).strip()[:300]}` ({code})"
 
@@ -636,7 +662,7 @@ def saving(folder: Path, times: int = 50) -> Seen:
         if not same:
             print("  ", lines[at - 1], when, was_killed, resumed, flush=True)
     return Seen(
-        f"{times // 2} in clients' files, {times - times // 2} in the server's; {partial} left a `.partial`; the same bits",
+        f"{times // 2} in clients' files, {times - times // 2} in the server's; {partial} left a `.partial` behind",
         equal,
         times,
     )
@@ -683,11 +709,11 @@ ROWS: Mapping[str, tuple[str, str, Callable[[Path], Seen]]] = {
         "a proxy between one node and the SuperLink forwards nothing for 30 s; all are needed",
         cut,
     ),
-    "too_few": ("fewer clients than the minimum", "one node, `minimum = 2`, `wait_seconds = 15`", too_few),
+    "too_few": ("fewer clients than the minimum", "one node, `minimum = 2`, `wait_seconds = 45`", too_few),
     "later": ("a client joins later", "its SuperNode is started after round 1", later),
     "server_app": (
         "the server's app is killed",
-        "`kill -9` of flwr-serverapp at a random moment, `start.sh run` again",
+        "`kill -9` of flwr-serverapp at a random moment of rounds 1, 2 and 3, `start.sh run` again each time",
         server_app,
     ),
     "super_link": (
@@ -702,7 +728,7 @@ ROWS: Mapping[str, tuple[str, str, Callable[[Path], Seen]]] = {
     ),
     "saving": (
         "killed while a file is saved",
-        "`kill -9` before, half-way through or after an fsync or a rename, resumed; Flower's messages without its processes",
+        "`kill -9` before, half-way through or after an fsync or a rename, resumed; also without Flower's processes",
         saving,
     ),
     "mismatch": (
@@ -722,9 +748,11 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| fault | what was done | what happened | survived |", "|---|---|---|---|"]
     for name, (fault, done, _) in ROWS.items():
         row = found.get(name)
-        seen = "not yet run" if row is None else row["happened"].replace("|", "\\|")
-        count = "" if row is None else f"{row['survived']}/{row['times']}"
-        lines.append(f"| {fault} | {done} | {seen} | {count} |")
+        if row is None:
+            lines.append(f"| {fault} | {done} | not yet run | |")
+        else:
+            seen = row["happened"].replace("|", "\\|")
+            lines.append(f"| {fault} | {row['done']} | {seen} | {row['survived']}/{row['times']} |")
     return "\n".join(lines)
 
 
@@ -743,6 +771,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=[])
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that whatever a row has started ends with it
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.json"
@@ -760,6 +789,7 @@ def main() -> None:
             continue
         seconds = round(time.monotonic() - started)
         found[name] = {
+            "done": ROWS[name][1],
             "happened": seen.happened,
             "survived": int(seen.survived),
             "times": seen.times,

@@ -278,7 +278,7 @@ def test_a_quiet_one_says_nothing(capsys, tmp_path):
 def test_a_stopped_run_says_how_to_continue_once_there_is_one(capsys, tmp_path, saved):
     if saved:
         (tmp_path / "config.toml").touch()
-    with pytest.raises(SystemExit), Progress(tmp_path, "resume"):
+    with pytest.raises(SystemExit), Progress(tmp_path, f"personae resume {tmp_path}"):
         raise SystemExit(130)
     error = capsys.readouterr().err
     assert (f"Continue with: personae resume {tmp_path}" in error) == saved

@@ -1,5 +1,6 @@
 """A deployed recipe: the folder that is written, and both halves of it over a loopback grid."""
 
+import json
 import os
 import subprocess
 import sys
@@ -156,6 +157,27 @@ def test_a_node_that_is_configured_badly_says_how(config, tmp_path, capsys):
     (reply,) = grid.pull_messages([asked])
     assert reply.content.config_records["about"]["problem"] == "ConfigError"
     assert '--node-config \'name="anna"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"heldout_loss": 0.3, "kid_features": "x", "role": "new"}, {"heldout_loss": 0.3, "role": "new"}),
+        ({"heldout_loss": "abc", "kid": b"x", "labels": "abc", "role": "boss", "other": [1]}, {"role": "train"}),
+        ({"heldout_loss": 1e308, "kid": float("nan"), "recall": True, "bytes_up": 7}, {"role": "train"}),
+    ],
+)
+def test_only_figures_of_the_right_kind_are_believed(told, kept):
+    found = deploy.believable(told)
+    assert {k: v for k, v in found.items() if v is not None and k != "kid_features"} == kept
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("override", ["backbone.folder=/home/me/model", "evaluation.features=/home/me/features.pt"])
+def test_files_of_this_machine_are_not_sent_to_others(override, tmp_path):
+    with pytest.raises(ConfigError, match="names files of this machine"):
+        deploy.deploy("digits/deployed", tmp_path / "app", [*LITTLE, override])
+    assert not (tmp_path / "app").exists()
 
 
 def test_the_command_says_what_to_read_next(command, tmp_path):

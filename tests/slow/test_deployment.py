@@ -1,7 +1,6 @@
 """A deployment with real processes: the bits of one process, and what is on the wire between them."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -130,7 +129,11 @@ class Recorder:
         with suppress(OSError):
             while True:
                 near, _ = self.listening.accept()
-                far = socket.create_connection(("127.0.0.1", self.to))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.to))
+                except OSError:  # the SuperLink has ended first
+                    near.close()
+                    continue
                 for source, target in ((near, far), (far, near)):
                     self.streams.append(bytearray())
                     threading.Thread(target=self.forward, args=(source, target, self.streams[-1]), daemon=True).start()
@@ -140,9 +143,14 @@ class Recorder:
             while data := source.recv(65536):
                 stream += data
                 target.sendall(data)
-        for closed in (source, target):
+        for ended in (source, target):
             with suppress(OSError):
-                closed.shutdown(socket.SHUT_RDWR)
+                ended.shutdown(socket.SHUT_RDWR)
+        source.close()  # the other direction closes the other one
+
+    def close(self):
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
 
 
 def pieces(value, size=16):
@@ -161,7 +169,7 @@ def test_nothing_personal_is_on_the_wire(folder):
     # No checkpoint before the last round, so that all versions of what a client keeps are there afterwards.
     changed = ("federation.minimum=2", "machine.checkpoint_every=100", "federation.wait_seconds=200")
     app = deploy(ROOT / "recipes/digits/deployed.toml", folder / "app", [*LITTLE, *changed])
-    port = free_ports(1)
+    port = free_ports(1 + len(names))
 
     def start(name, *command):
         home = folder / "flower" / name
@@ -183,33 +191,37 @@ def test_nothing_personal_is_on_the_wire(folder):
             return tried.connect_ex(("127.0.0.1", port)) == 0
 
     run = folder / "run"
-    server = start("server", "flower-superlink", "--host", "127.0.0.1", "--port", port, "--insecure")
+    alone = "--disable-runtime-dependency-installation"
+    started = [start("server", "flower-superlink", "--host", "127.0.0.1", "--port", port, "--insecure", alone)]
     wait(listens, 60, "the SuperLink listens")
     wire = Recorder(port)
-    nodes = [
+    started += [
         start(
             name,
-            *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{wire.port}", "--port", free_ports(1)),
+            *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{wire.port}", "--port", own),
             "--node-config",
             f'name="{name}" data="{folder}/photos/{name}" state="{folder}/state/{name}"',
         )
-        for name in names
+        for own, name in enumerate(names, start=port + 1)
     ]
     out = f'out="{run}"'
-    asked = start("run", "flwr", "run", app, "here", "--run-config", out, "--stream")
-    asked.wait(400)
-    log = (folder / "run.log").read_text()
-    assert (run / "report.html").is_file(), log
-    end(folder)
-    for process in (server, *nodes):
-        process.wait(15)
+    started.append(start("run", "flwr", "run", app, "here", "--run-config", out, "--stream"))
+    try:
+        started[-1].wait(400)
+    finally:
+        end(folder)
+        for process in started:
+            process.wait(15)
+        wire.close()
+    assert (run / "report.html").is_file(), (folder / "run.log").read_text()
 
     everything = b"\n".join(map(bytes, wire.streams))
     backbone = load_state(run / "server.safetensors").params
-    found = {name: sum(p in everything for p in pieces(v)) / max(1, len(pieces(v))) for name, v in backbone.items()}
+    sampled = {name: pieces(value)[:: max(1, value.numel() // 40)] for name, value in backbone.items()}
+    found = {name: sum(p in everything for p in parts) / len(parts) for name, parts in sampled.items() if parts}
     print(f"\n{len(wire.streams)} streams of {len(everything)} bytes, {len(backbone)} tensors")
     # What is shared is there, piece by piece, under its name: no compression hides anything.
-    assert min(found.values()) == 1.0, found
+    assert len(found) > len(backbone) / 2 and min(found.values()) == 1.0, found
     assert b'"params/null_embedding.weight"' in everything
 
     secret = {}
@@ -231,4 +243,3 @@ def test_nothing_personal_is_on_the_wire(folder):
             assert prefix + name.encode() + b'"' not in everything, name
     assert b"\x89PNG" not in everything
     assert str(folder).encode() not in everything.replace(str(run).encode(), b"")  # the server's own, for all to see
-    assert not re.search(rb"photos/(anna|ben)|state/(anna|ben)", everything)

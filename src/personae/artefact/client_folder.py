@@ -63,10 +63,11 @@ class ClientFolder:
 
     def keep(self, round: int, kept: State, committed: int) -> None:
         """Write what stays after `round`; what lies before `committed`, to which the server may still go back, goes."""
-        self.personal_path.unlink(missing_ok=True)  # made of what was kept before
+        with explained(self.personal_path, "removing"):
+            self.personal_path.unlink(missing_ok=True)  # made of what was kept before
         save_state(self._kept(round), kept)
         for path in (self.path / "kept").glob("*.safetensors"):
-            if int(path.stem) < committed:
+            if path.stem.isdigit() and int(path.stem) < committed:  # and not a copy that somebody put there
                 with suppress(OSError):
                     path.unlink()
 

@@ -62,7 +62,7 @@ def run(
     chosen = [f"engine={engine}"] if engine is not None else []
     loaded = load_recipe(recipe, [*(overrides or ()), *chosen])
     folder = out if out is not None else Path("runs") / loaded.name
-    with Progress(folder, "resume", quiet=as_json) as watch:
+    with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
         saved = train(loaded, folder, watch=watch)
     _finished(saved, as_json)
 
@@ -73,7 +73,7 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
     from personae.cli.progress import Progress
     from personae.recipe.workflow import resume as continue_run
 
-    with Progress(run, "resume", quiet=as_json) as watch:
+    with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
         saved = continue_run(run, watch=watch)
     _finished(saved, as_json)
 
@@ -140,7 +140,7 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
     from personae.recipe.workflow import open_run
 
     saved = open_run(run)
-    with Progress(run, "evaluate", quiet=as_json) as watch:
+    with Progress(run, f"personae evaluate {run}", quiet=as_json) as watch:
         summary = saved.evaluate(watch=watch)
     _print(as_json, summary, [*_table(summary), f"wrote {saved.folder / 'summary.json'}"])
 

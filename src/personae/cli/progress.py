@@ -33,8 +33,7 @@ class Progress:
             print(file=sys.stderr)
         if kind in (KeyboardInterrupt, SystemExit):
             if (self._folder / "config.toml").is_file():
-                again = f"personae {self._command} {self._folder}"
-                print(f"stopped; nothing that was committed is lost. Continue with: {again}", file=sys.stderr)
+                print(f"stopped; nothing that was committed is lost. Continue with: {self._command}", file=sys.stderr)
             else:
                 print("stopped before anything was saved; start again", file=sys.stderr)
 

@@ -11,8 +11,10 @@ ENGINES = ("in_process", "flower")
 """The names that a recipe uses."""
 
 
-def engine_by_name(name: str, patience: Patience) -> Engine:
-    """Raises: ConfigError, when the engine is unknown or its library is not installed."""
+def engine_by_name(name: str, patience: Patience, device: str = "cpu") -> Engine:
+    """`device` is where clients train: one on a GPU takes a whole one in a simulation.
+
+    Raises: ConfigError, when the engine is unknown or its library is not installed."""
     if name == "in_process":
         return InProcess()
     if name != "flower":
@@ -23,4 +25,4 @@ def engine_by_name(name: str, patience: Patience) -> Engine:
         raise ConfigError(
             f"engine 'flower' needs the package {error.name}: pip install \"personae[flower]\""
         ) from error
-    return Flower(patience)
+    return Flower(patience, gpus_per_client=0.0 if device == "cpu" else 1.0)

@@ -10,8 +10,8 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from personae.artefact.save import read_json, state_bytes, state_from_bytes, write_json
+from personae.artefact.save import (
+    explained,
+    load_state,
+    read_json,
+    save_state,
+    state_bytes,
+    state_from_bytes,
+    write_json,
+)
 from personae.core import Facts, Job, Run, State, Update, ignore
 from personae.engine.patience import Patience
+from personae.engine.population import SAFE_NAME
 from personae.engine.rounds import Answer, Since, Store, Watch, serve
 from personae.engine.seat import Seat, disagreement, introduction
+from personae.engine.validate import check_privacy
 from personae.errors import (
     ArtefactError,
     ClientFailed,
@@ -40,7 +50,8 @@ PROTOCOL = 1
 HELLO, LOCAL, PERSONALIZE = "query.hello", "train.local", "train.personalize"
 FORMAT = "personae.state"
 
-MakeMessage = Callable[[RecordDict, int, str], Message]
+MakeMessage = Callable[[RecordDict, int, str, float], Message]
+"""From content, node, kind and seconds to live."""
 SeatOf = Callable[[Context], Seat]
 About = Mapping[str, Any]
 
@@ -61,11 +72,16 @@ def unpack(content: RecordDict, max_bytes: int | None = None) -> tuple[dict[str,
 
     Raises: RefusedUpdate, for records that are not ours or longer than `max_bytes`; ArtefactError, for a damaged State.
     """
-    # Not by content.config_records and the like: that makes a cycle, which holds the message until garbage is collected.
+    # Not by content.config_records and the like: each makes a cycle that holds the message until garbage is collected.
     about, arrays = content.get("about"), content.get("state")
     if not isinstance(about, ConfigRecord) or about.get("protocol") != PROTOCOL:
         found = about.get("protocol") if isinstance(about, ConfigRecord) else None
         raise RefusedUpdate(f"a message of protocol {found!r} came, expected {PROTOCOL}; install the same version")
+    for key, value in about.items():
+        if not isinstance(value, int | float | str) or len(key) > MAX_NAME:
+            raise RefusedUpdate(f"a message came with {key[:MAX_NAME]!r} that is no single number or text")
+        if isinstance(value, str) and len(value) > (2**20 if key in ("method", "shapes") else 200):
+            raise RefusedUpdate(f"a message came with {len(value)} characters of {key!r}")
     if not isinstance(arrays, ArrayRecord):
         return dict(about), State()
     array = arrays.get("state")
@@ -115,7 +131,13 @@ def _local(seat: Seat, about: About, got: State) -> RecordDict:
 
 
 def _personalize(seat: Seat, about: About, got: State) -> RecordDict:
-    told = seat.personalize(str(about["run"]), int(about["since"]), got)
+    run, since = str(about["run"]), int(about["since"])
+    seat.personalize(run, since, got)
+    try:
+        told = seat.figures(run, since)
+    except Exception as error:  # the personal model is there all the same
+        print(f"personae: measuring failed: {type(error).__name__}: {error}", file=sys.stderr)
+        told = {}
     own = {"run": about["run"], "round": about["round"], "client": seat.name}
     return pack({**own, **{f"figure.{key}": value for key, value in told.items()}})
 
@@ -140,9 +162,13 @@ def serve_grid(
 
     def carrier(store: Store) -> _OverGrid:
         ours = introduction(job.method, job.members.initial(job.seed))
-        return _OverGrid(job, grid, _run_name(job), ours, patience or Patience(), make or Message, told)
+        return _OverGrid(job, grid, _run_name(job), ours, patience or Patience(), make or _message, told)
 
     return serve(job, carrier, resume=resume, watch=watch)
+
+
+def _message(content: RecordDict, node: int, kind: str, seconds: float) -> Message:
+    return Message(content, node, kind, ttl=seconds)
 
 
 def _run_name(job: Job) -> str:
@@ -155,9 +181,23 @@ def _run_name(job: Job) -> str:
     return str(read_json(path)["run"])
 
 
+ASK_AGAIN_SECONDS = 30.0
+"""After which a node that did not say who it is, or was turned away, is asked again."""
+
+MAX_NAME = 64
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """A message that a client has not answered."""
+
+    message: str
+    node: int
+
+
 @dataclass
 class _OverGrid:
-    """Carries states as Flower messages. Remembers who sits at which node, and nothing of any round."""
+    """Carries states as Flower messages. Remembers who sits at which node and who owes an answer, nothing else."""
 
     job: Job
     grid: Grid
@@ -172,61 +212,82 @@ class _OverGrid:
     """Nodes that were turned away, and why."""
     _asked: dict[str, int] = field(default_factory=dict)
     """Nodes by the message that asked for their name."""
-    _last: tuple[bytes, Array] | None = None
-    """The Array of the last State: clients that are sent the same share it."""
+    _asked_at: dict[int, float] = field(default_factory=dict)
+    """When each node was last asked."""
+    _there: set[int] = field(default_factory=set)
+    _owing: dict[str, _Owed] = field(default_factory=dict)
+    """Clients that were too late: they get no other message before they have answered, or a queue would grow."""
 
     # --- who is there ---
 
     def known(self, number: int) -> Sequence[str]:
         """Waits, and says so, until as many clients as a round needs can be reached."""
-        train = self.job.members.train
-        needed = self.job.minimum or max(1, len(train))
-        started, told = time.monotonic(), False
+        needed = self.job.minimum or max(1, len(self.job.members.train))
+        names = self._wait_for(lambda names: len(names) >= needed, f"round {number}", f"{needed} clients")
+        if len(names) < needed:
+            raise TooFewClients(
+                f"round {number}: {len(names)} clients can be reached after {self.patience.wait_seconds:g} s, expected "
+                f"at least {needed}{self._turned_away()}. Start more nodes, or lower federation.minimum, and resume"
+            )
+        return names
+
+    def everyone(self, since: Since) -> Sequence[str]:
+        """Training clients first, then those who come afterwards. Waits for all who took part or are expected."""
+        new = set(self.job.members.new)
+        expected = {*since.now, *new}
+        self._wait_for(lambda _: expected <= self.nodes.keys(), "the end", ", ".join(sorted(expected)))
+        known = {*self.nodes, *self.job.members.train, *since.now} - new
+        return [*sorted(known), *sorted(new)]
+
+    def _wait_for(self, enough: Callable[[Sequence[str]], bool], what: str, whom: str) -> Sequence[str]:
+        """The training clients that can be reached, once they are enough or the time is over."""
+        until, said = time.monotonic() + self.patience.wait_seconds, False
         while True:
             self._greet()
-            names = sorted(name for name in self.nodes if name not in self.job.members.new)
-            if len(names) >= needed:
+            names = sorted(n for n in self.nodes if n not in self.job.members.new and n not in self._owing)
+            if enough(names) or time.monotonic() >= until:
                 return names
-            waited = time.monotonic() - started
-            if waited > self.patience.wait_seconds:
-                raise TooFewClients(
-                    f"round {number}: {len(names)} clients can be reached after {waited:.0f} s, expected at least "
-                    f"{needed}{self._turned_away()}. Start more nodes, or lower federation.minimum, and resume"
-                )
-            if not told:
-                self._say(f"round {number} waits for {needed - len(names)} more clients{self._turned_away()}")
-                told = True
+            if not said:
+                here = ", ".join(names) or "nobody"
+                self._say(f"{what} waits for {whom}; {here} can be reached{self._turned_away()}")
+                said = True
             time.sleep(min(0.5, self.patience.wait_seconds / 10))
 
-    def everyone(self) -> Sequence[str]:
-        """Training clients first, then those who come afterwards."""
-        self._greet()
-        new = self.job.members.new
-        known = {*self.nodes, *self.job.members.train, *new}
-        return [*sorted(known - set(new)), *sorted(new)]
-
     def _greet(self) -> None:
-        """Ask every node that is not known yet who it is, for at most a few seconds."""
-        there = set(self.grid.get_node_ids())
+        """Ask every node that is not known who it is; only those that are new are waited for, a few seconds."""
+        there, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in there}
-        # Who was turned away and comes back, perhaps with another version, is asked again.
-        self.strangers = {node: why for node, why in self.strangers.items() if node in there}
-        fresh = there - {*self.nodes.values(), *self.strangers, *self._asked.values()}
-        for node in sorted(fresh):
-            self._asked[self._push(pack({"run": self.run}), node, HELLO)] = node
-        # Whoever was slow once is not waited for again: its answer is looked for in passing.
-        until = time.monotonic() + (min(30.0, self.patience.wait_seconds) if fresh else 0.0)
-        came = {self._asked.pop(m.metadata.reply_to_message_id): m for m in self._pull(set(self._asked), until)}
+        self._asked_at = {node: at for node, at in self._asked_at.items() if node in there}
+        # Whoever was turned away may have changed; and with every node that goes, a name may have become free.
+        again = there >= self._there
+        self.strangers = {
+            node: why
+            for node, why in self.strangers.items()
+            if again and node in there and now < self._asked_at[node] + ASK_AGAIN_SECONDS
+        }
+        self._there = there
+        self._settle(there)
+        quiet = {n for n in self._asked.values() if n in there and now < self._asked_at[n] + ASK_AGAIN_SECONDS}
+        unknown = there - {*self.nodes.values(), *self.strangers, *quiet}
+        fresh = unknown - self._asked_at.keys()
+        for node in sorted(unknown):
+            self._asked_at[node] = now
+            self._asked[self._push(pack({}), node, HELLO)] = node
+        until = now + (min(30.0, self.patience.wait_seconds / 4) if fresh else 0.0)
+        came = {}
+        for asked, message in self._pull(self._asked, until):
+            came[self._asked.pop(asked)] = message
         for node in sorted(came):
-            self._meet(node, came[node])
-        self._asked = {asked: node for asked, node in self._asked.items() if node in there}
+            if node in there and node not in self.nodes.values():
+                self._meet(node, came[node])
+        self._asked = {message: node for message, node in self._asked.items() if node in there}
 
     def _meet(self, node: int, message: Message) -> None:
         try:
             about, _ = self._open(message)
             name = about.get("client")
-            if not isinstance(name, str) or not name:
-                raise RefusedUpdate(f"a node failed to introduce itself ({about.get('problem', 'no name')})")
+            if not isinstance(name, str) or len(name) > MAX_NAME or not SAFE_NAME.fullmatch(name):
+                raise RefusedUpdate(f"a node failed to introduce itself ({_problem(about) or 'no usable name'})")
             if (differs := disagreement(self.ours, about)) is not None:
                 raise RefusedUpdate(f"client {name!r}: {differs}")
             if name in self.nodes:
@@ -237,15 +298,23 @@ class _OverGrid:
             return
         self.nodes[name] = node
 
+    def _settle(self, there: set[int]) -> None:
+        """Forget what clients owed who have answered since, or whose node is gone."""
+        answered = {asked for asked, _ in self._pull([owed.message for owed in self._owing.values()], 0.0)}
+        self._owing = {
+            name: owed for name, owed in self._owing.items() if owed.message not in answered and owed.node in there
+        }
+
     def _turned_away(self) -> str:
         return f" (turned away: {'; '.join(sorted(set(self.strangers.values())))})" if self.strangers else ""
 
     # --- rounds ---
 
     def answers(self, server: State, number: int, cohort: Sequence[str], since: Since) -> Iterator[Answer]:
-        """In the cohort's order; an answer that comes before its turn waits as bytes."""
-        sent: dict[str, str] = {}
+        """In the cohort's order. One reply is in memory at a time: one that comes before its turn waits in a file."""
         down: dict[str, int] = {}
+        waiting: dict[str, str] = {}
+        send = self._sender()
         for name in cohort:
             got = self.job.method.broadcast(server, name)
             about = {
@@ -255,40 +324,62 @@ class _OverGrid:
                 "committed": since.committed.get(name, 0),
             }
             down[name] = got.num_bytes()
-            sent[self._push(self._with_state(about, got), self.nodes[name], LOCAL)] = name
+            waiting[send(about, got, self.nodes[name], LOCAL)] = name
         minimum = len(cohort) if self.job.minimum is None else self.job.minimum
         limit = 2 * server.num_bytes() + 2**20
-        waiting, times, started = dict(sent), list[float](), time.monotonic()
-        arrived: dict[str, Message] = {}
+        times, started = list[float](), time.monotonic()
+        early: dict[str, Callable[[], Answer]] = {}
         for name in cohort:
-            while name not in arrived and name in waiting.values():
+            answer: Answer | None = early.pop(name)() if name in early else None
+            while answer is None and time.monotonic() < started + self.patience.deadline(times, minimum):
                 until = started + self.patience.deadline(times, minimum)
-                for message in self._pull(set(waiting), until, enough=1):
-                    arrived[waiting.pop(message.metadata.reply_to_message_id)] = message
-                    times.append(time.monotonic() - started)
-                if time.monotonic() >= started + self.patience.deadline(times, minimum):
+                for asked, message in self._pull(waiting, until, enough=1):
+                    who = waiting.pop(asked)
+                    came = self._answer(message, who, number, down[who], limit)
+                    if came.problem is None:  # a failure says nothing of how long honest work takes
+                        times.append(time.monotonic() - started)
+                    if who == name:
+                        answer = came
+                    else:
+                        early[who] = self._put_aside(came)
+                    del message, came
+                if not waiting and answer is None:
                     break
-            if name not in arrived:
-                silent = ClientSilent(
-                    f"client {name!r} did not answer round {number} within {time.monotonic() - started:.0f} s"
-                )
-                yield Answer(name, down[name], problem=silent)
-            else:
-                yield self._answer(arrived.pop(name), name, number, down[name], limit)
+            if answer is None:
+                late = {who: message for message, who in waiting.items()}
+                if name in late:
+                    self._owing[name] = _Owed(late[name], self.nodes[name])
+                seconds = time.monotonic() - started
+                silent = ClientSilent(f"client {name!r} did not answer round {number} within {seconds:.0f} s")
+                answer = Answer(name, down[name], problem=silent)
+            yield answer
+            del answer
+
+    def _put_aside(self, answer: Answer) -> Callable[[], Answer]:
+        """A function that gives the answer back, whose State has meanwhile been in a file."""
+        update, folder = answer.update, self.job.folder
+        if update is None or folder is None:
+            return lambda: answer
+        path = folder / "checkpoint" / "early" / f"{answer.client}.safetensors"
+        with explained(path, "writing"):
+            path.parent.mkdir(exist_ok=True)
+        save_state(path, update.sent, sync=False)
+        light = replace(answer, update=replace(update, sent=State()))  # all that `back` holds on to
+
+        def back() -> Answer:
+            assert light.update is not None, "only updates are put aside"
+            sent = load_state(path)
+            path.unlink()
+            return replace(light, update=replace(light.update, sent=sent))
+
+        return back
 
     def _answer(self, message: Message, name: str, number: int, bytes_down: int, limit: int) -> Answer:
         try:
             about, sent = self._open(message, limit)
-            if (problem := about.get("problem")) is not None:
-                kind = PrivacyError if problem == "PrivacyError" else None
-                text = f"{problem}; that node's log says more"
-                raise (
-                    kind(f"client {name!r}: {text}")
-                    if kind
-                    else ClientFailed(name, number, "local", FederationError(text))
-                )
-            expected = {"run": self.run, "round": number, "client": name}
-            for key, value in expected.items():
+            if (problem := _problem(about)) is not None:
+                raise ClientFailed(name, number, "local", FederationError(f"{problem}; its own log says more"))
+            for key, value in {"run": self.run, "round": number, "client": name}.items():
                 if type(about.get(key)) is not type(value) or about[key] != value:
                     raise RefusedUpdate(f"client {name!r} answered {key} {about.get(key)!r}, expected {value!r}")
             metrics = {
@@ -296,7 +387,14 @@ class _OverGrid:
                 for key, value in about.items()
                 if key.startswith("metric.") and isinstance(value, int | float)
             }
-            return Answer(name, bytes_down, Update(name, about.get("num_examples", 0), sent, metrics))
+            update = Update(name, about.get("num_examples", 0), sent, metrics)
+            try:
+                check_privacy(update, round=number, personal=self.job.method.personal)
+            except PrivacyError as error:
+                raise RefusedUpdate(
+                    f"client {name!r} sent what is personal; it was dropped (round {number})"
+                ) from error
+            return Answer(name, bytes_down, update)
         except PersonaeError as error:
             if isinstance(error, ArtefactError):
                 error = RefusedUpdate(f"client {name!r} (round {number}): {error}")
@@ -304,25 +402,26 @@ class _OverGrid:
 
     def personalize(self, released: State, backbone: str, names: Sequence[str], since: Since) -> Iterator[str]:
         """The names of those who have made their personal part; the others are said."""
-        about = {"run": self.run, "round": self.job.rounds, "committed": 0}
-        waiting = {}
+        waiting: dict[str, str] = {}
+        send = self._sender()
         for name in names:
             if name in self.nodes:
-                own = {**about, "since": since.now.get(name, 0)}
-                waiting[self._push(self._with_state(own, released), self.nodes[name], PERSONALIZE)] = name
+                own = {"run": self.run, "round": self.job.rounds, "since": since.now.get(name, 0)}
+                waiting[send(own, released, self.nodes[name], PERSONALIZE)] = name
         until, done = time.monotonic() + self.patience.deadline_seconds, set[str]()
         failed = dict.fromkeys(set(names) - set(waiting.values()), "is not there")
         for name in names:
             while name in waiting.values() and time.monotonic() < until:
-                for message in self._pull(set(waiting), until, enough=1):
-                    who = waiting.pop(message.metadata.reply_to_message_id)
+                for asked, message in self._pull(waiting, until, enough=1):
+                    who = waiting.pop(asked)
                     try:
                         reply, _ = self._open(message)
-                        if reply.get("problem") is not None or reply.get("client") != who:
-                            raise RefusedUpdate(f"failed with {reply.get('problem')}")
+                        if (problem := _problem(reply)) is not None or reply.get("client") != who:
+                            raise RefusedUpdate(f"failed with {problem or 'an answer that is not its own'}")
                         done.add(who)
-                        told = {k.removeprefix("figure."): v for k, v in reply.items() if k.startswith("figure.")}
-                        self.told(who, told)
+                        self.told(
+                            who, {k.removeprefix("figure."): v for k, v in reply.items() if k.startswith("figure.")}
+                        )
                     except PersonaeError as error:
                         failed[who] = str(error)
             if name in done:
@@ -332,39 +431,68 @@ class _OverGrid:
 
     # --- messages ---
 
-    def _with_state(self, about: Mapping[str, Any], state: State) -> RecordDict:
-        data = state_bytes(state)
-        if self._last is None or self._last[0] != data:
-            self._last = (data, Array("uint8", (len(data),), FORMAT, data))
-        records = pack(about)
-        records["state"] = ArrayRecord({"state": self._last[1]})
-        return records
+    def _sender(self) -> Callable[[Mapping[str, Any], State, int, str], str]:
+        """Sends States; clients that are sent the same one after the other share its bytes."""
+        last: tuple[State, Array] | None = None
+
+        def send(about: Mapping[str, Any], state: State, node: int, kind: str) -> str:
+            nonlocal last
+            if last is None or not _same(last[0], state):
+                data = state_bytes(state)
+                last = (state, Array("uint8", (len(data),), FORMAT, data))
+            records = pack(about)
+            records["state"] = ArrayRecord({"state": last[1]})
+            return self._push(records, node, kind)
+
+        return send
 
     def _push(self, content: RecordDict, node: int, kind: str) -> str:
-        (sent,) = self.grid.push_messages([self.make(content, node, kind)])
+        """Nobody works on what is older than the deadline; some slack for clocks."""
+        (sent,) = self.grid.push_messages([self.make(content, node, kind, self.patience.deadline_seconds + 60.0)])
         return sent
 
-    def _pull(self, waiting: set[str], until: float, enough: float = math.inf) -> Iterator[Message]:
-        """Replies as they come, until all or `enough` are there or the time is over."""
-        pause, seen = 0.01, 0
-        while waiting:
-            for message in self.grid.pull_messages(waiting):
-                if message.metadata.reply_to_message_id in waiting:
-                    waiting.discard(message.metadata.reply_to_message_id)
+    def _pull(self, waiting: Collection[str], until: float, enough: float = math.inf) -> Iterator[tuple[str, Message]]:
+        """Messages with their replies, one at a time, until all or `enough` are answered or the time is over."""
+        pause, seen, left = 0.01, 0, list(waiting)
+        while left:
+            for asked in list(left):
+                for message in self.grid.pull_messages([asked]):
+                    left.remove(asked)
                     seen, pause = seen + 1, 0.01
-                    yield message
-            if not waiting or seen >= enough or time.monotonic() >= until:
+                    yield asked, message
+                    del message
+                if seen >= enough:
+                    return
+            if not left or time.monotonic() >= until:
                 return
             time.sleep(min(pause, max(0.0, until - time.monotonic())))
             pause = min(0.5, pause * 1.5)
 
-    def _open(self, message: Message, max_bytes: int | None = None) -> tuple[dict[str, Any], State]:
+    def _open(self, message: Message, max_bytes: int = 2**16) -> tuple[dict[str, Any], State]:
         if message.has_error():
-            raise RefusedUpdate(f"Flower reports: {message.error.reason}")
+            raise RefusedUpdate(f"Flower reports: {str(message.error.reason)[:200]}")
         return unpack(message.content, max_bytes)
 
     def _say(self, text: str) -> None:
         print(f"personae: {text}", file=sys.stderr, flush=True)
+
+
+def _problem(about: Mapping[str, Any]) -> str | None:
+    """The kind of error that a client reports; its word for it, if it is one."""
+    problem = about.get("problem")
+    if problem is None:
+        return None
+    return (
+        problem if isinstance(problem, str) and problem.isalnum() and len(problem) <= MAX_NAME else "an unnamed error"
+    )
+
+
+def _same(left: State, right: State) -> bool:
+    """Whether two States hold the very same tensors and equal facts."""
+    return all(
+        a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+        for a, b in ((left.params, right.params), (left.extras, right.extras))
+    ) and dict(left.facts) == dict(right.facts)
 
 
 def server_app(main: Callable[[Grid, Mapping[str, Any]], None]) -> ServerApp:
@@ -387,6 +515,7 @@ class Flower:
 
     patience: Patience = Patience()
     cpus_per_client: float = 1.0
+    gpus_per_client: float = 0.0
 
     def run(self, job: Job, *, resume: bool = False, watch: Watch = ignore) -> Run:
         """Raises: ConfigError, ArtefactError, or the FederationError that stopped a round."""
@@ -402,7 +531,7 @@ class Flower:
             server_app=server_app(main),
             client_app=client_app(simulated(job, names)),
             num_supernodes=len(names),
-            backend_config={"client_resources": {"num_cpus": self.cpus_per_client, "num_gpus": 0.0}},
+            backend_config={"client_resources": {"num_cpus": self.cpus_per_client, "num_gpus": self.gpus_per_client}},
         )
         return done[0]
 

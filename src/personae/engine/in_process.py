@@ -31,7 +31,7 @@ class _Inside:
     job: Job
     store: Store
 
-    def everyone(self) -> Sequence[str]:
+    def everyone(self, since: Since) -> Sequence[str]:
         return [*sorted(self.job.members.train), *sorted(self.job.members.new)]
 
     def known(self, number: int) -> Sequence[str]:

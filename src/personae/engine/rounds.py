@@ -12,8 +12,8 @@ from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest
 from personae.core import Arrays, Job, Round, Rule, Run, State, Traffic, Update, Updates, stream
 from personae.core import Client as ClientRecord
-from personae.engine.validate import check_update
-from personae.errors import ConfigError, EmptyRound, PersonaeError, PrivacyError, TooFewClients
+from personae.engine.validate import check_update, is_finite
+from personae.errors import ConfigError, EmptyRound, FederationError, PersonaeError, PrivacyError, TooFewClients
 
 Watch = Callable[[Round], None]
 
@@ -35,7 +35,7 @@ class Answer:
 class Carrier(Protocol):
     """Brings a State to clients and their answers back."""
 
-    def everyone(self) -> Sequence[str]:
+    def everyone(self, since: Since) -> Sequence[str]:
         """Whoever gets a personal model at the end: training clients first."""
         ...
 
@@ -94,7 +94,7 @@ def serve(job: Job, carrier: Callable[[Store], Carrier], *, resume: bool, watch:
                 committed = dict(past)
         released = job.method.release(server)
         started = time.perf_counter()
-        names = carried.everyone()
+        names = carried.everyone(Since(past, committed))
         backbone = digest(released.params)
         store.save_released(released, backbone)
         reached = []
@@ -103,6 +103,10 @@ def serve(job: Job, carrier: Callable[[Store], Carrier], *, resume: bool, watch:
             done_all = len(reached) == len(names)
             watch(
                 _progress(job, "personalize", job.rounds, name, {n: {} for n in reached}, len(names), started, done_all)
+            )
+        if not reached:
+            raise TooFewClients(
+                "no client could be reached to personalize; the rounds are saved: start them, and resume"
             )
         traffic = _traffic(records, reached, released.num_bytes())
         seconds = {
@@ -174,6 +178,11 @@ def play(
     updates = Arriving(arrive(), job.rule)
     server = job.method.aggregate(server, updates)
     updates.finish()
+    if broken := [n for n, v in (*server.params.items(), *server.extras.items()) if not is_finite(v)]:
+        raise FederationError(
+            f"round {number} ended in values that are not finite, in {broken[0]} first; it was not saved. Some update "
+            "was finite but huge: set aggregation.clip_norm or a robust aggregation.rule, and resume"
+        )
     watch(_progress(job, "train", number, cohort[-1], clients, len(cohort), started, True, len(refused)))
     record: dict[str, Any] = {"round": number, "seconds": time.perf_counter() - started, "clients": clients}
     return server, record | ({"refused": refused} if refused else {})

@@ -47,8 +47,8 @@ class Seat:
             folder.keep(round, kept, committed)
         return update
 
-    def personalize(self, run: str, since: int, released: State) -> Facts:
-        """Make and save the personal part; one that is there, of the same model, stays. Returns what `measure` says."""
+    def personalize(self, run: str, since: int, released: State) -> None:
+        """Make and save the personal part; one that is there, of the same model, stays."""
         folder, backbone = self._folder(run), digest(released.params)
         with folder.held():
             if not folder.has_personal(backbone):
@@ -59,7 +59,10 @@ class Seat:
                 if self.personal is None:
                     folder.save_released(released, backbone)
                 folder.save_personal(personal, backbone)
-            return {} if self.measure is None else self.measure(folder.path, since > 0)
+
+    def figures(self, run: str, since: int) -> Facts:
+        """What `measure` says of the personal model."""
+        return {} if self.measure is None else self.measure(self._folder(run).path, since > 0)
 
     def _folder(self, run: str) -> ClientFolder:
         if not run.isalnum():  # it becomes a folder's name

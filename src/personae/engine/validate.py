@@ -10,6 +10,12 @@ from torch import Tensor
 from personae.core import Arrays, Select, Update
 from personae.errors import MismatchedNames, PrivacyError, RefusedUpdate
 
+DTYPES = frozenset(
+    {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool}
+    | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+)
+"""What an update may hold."""
+
 
 def check_privacy(update: Update, *, round: int, personal: Select) -> None:
     """Raises: PrivacyError, when an update holds a name that is personal."""
@@ -48,18 +54,15 @@ def check_update(update: Update, *, round: int, personal: Select, known: Arrays,
                 f"{list(expected.shape)} (round {round})"
             )
     for name, value in [*sent.params.items(), *sent.extras.items()]:
-        if value.is_floating_point() and not _finite(value):
+        if value.dtype not in DTYPES:
+            raise RefusedUpdate(f"{who} sent {name} as {value.dtype}, which nobody adds up (round {round})")
+        if not is_finite(value):
             raise RefusedUpdate(
                 f"{who} sent values in {name} that are not finite (round {round}); "
                 "its training diverged: lower the learning rate"
             )
     weight = update.num_examples
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int)
-        or not math.isfinite(weight)
-        or not 0 < weight <= max_examples
-    ):
+    if isinstance(weight, bool) or not isinstance(weight, int) or not 0 < weight <= max_examples:
         raise RefusedUpdate(
             f"{who} claims {weight!r} examples, expected a whole number from 1 to {max_examples} (round {round})"
         )
@@ -71,6 +74,6 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
     """A finite sum proves it in one pass; only a sum that is not may be an overflow of finite values."""
-    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+    return not value.is_floating_point() or math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())

@@ -181,7 +181,7 @@ def _population(recipe: Recipe) -> Population:
 def patience(recipe: Recipe) -> Patience:
     """Raises: ConfigError."""
     f = recipe.federation
-    return Patience(f.deadline_seconds, f.patience, f.least_seconds, f.wait_seconds)
+    return Patience(f.deadline_seconds, f.times_median, f.least_seconds, f.wait_seconds)
 
 
 def sample_shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -38,31 +38,13 @@ from personae.recipe.schema import Recipe
 from personae.recipe.workflow import SavedRun, Watch
 
 TEMPLATES = Path(__file__).parent / "deployment"
-FIGURES = [
-    "role",
-    "num_images",
-    "num_heldout",
-    "labels",
-    "sampled_labels",
-    "sampled_labels_before",
-    "heldout_loss",
-    "heldout_loss_before",
-    "histogram_distance",
-    "histogram_distance_before",
-    "kid",
-    "kid_std",
-    "kid_floor",
-    "kid_features",
-    "frechet",
-    "precision",
-    "recall",
-    "nearest_train_distance",
-    "copy_ratio",
-    "trained_parameters",
-    "bytes_up",
-    "bytes_down",
-    "personal_file_bytes",
-]
+NEVER_TOLD = ("labels", "sampled_labels", "sampled_labels_before", "bytes_up", "bytes_down")
+TEXTS = ("role", "kid_features", "frechet_features")
+NUMBERS = (
+    *("num_images", "num_heldout", "heldout_loss", "heldout_loss_before", "histogram_distance"),
+    *("histogram_distance_before", "kid", "kid_std", "kid_floor", "kid_subset_size", "frechet", "precision", "recall"),
+    *("nearest_train_distance", "copy_ratio", "trained_parameters", "personal_file_bytes"),
+)
 """What summary.json says of each client; whatever a client does not tell is null."""
 
 AT_THE_NODES = "given by each node"
@@ -82,6 +64,16 @@ def deploy(recipe: str | Path, to: str | Path, overrides: Sequence[str] = ()) ->
         raise ConfigError(
             "federation.minimum is missing: how many updates does a round need? Nobody knows beforehand who will come, "
             "so say it: --set federation.minimum=2"
+        )
+    local = {
+        "backbone.folder": plan.backbone.folder,
+        "evaluation.features": plan.evaluation.features if Path(plan.evaluation.features or "").suffix else None,
+        "data.path": plan.data.path if plan.data.path != AT_THE_NODES else None,
+    }
+    if named := [f"{key} = {value!r}" for key, value in local.items() if value is not None]:
+        raise ConfigError(
+            f"the recipe names files of this machine, which no other has: {', '.join(named)}; leave them out, and use "
+            "the data source 'clients'"
         )
     folder = Path(to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -188,14 +180,13 @@ def figures(folder: Path, recipe: Recipe, name: str, data: ClientData, trained: 
 
 
 def _describe(folder: Path, recipe: Recipe) -> None:
-    """The files by which a folder says what it is."""
+    """The files by which a folder says what it is; the recipe first, without which nothing can go on there."""
     if not (folder / "config.toml").is_file():
-        channels, height, width = sample_shape(recipe)
-        write_json(
-            folder / "images.json", {"sample_shape": [channels, height, width], "label_names": label_names(recipe)}
-        )
-        write_json(folder / "environment.json", environment(recipe.machine.threads, recipe.machine.device))
         write_bytes(folder / "config.toml", to_toml(recipe).encode())
+    if not (folder / "images.json").is_file():
+        write_json(folder / "images.json", {"sample_shape": sample_shape(recipe), "label_names": label_names(recipe)})
+    if not (folder / "environment.json").is_file():
+        write_json(folder / "environment.json", environment(recipe.machine.threads, recipe.machine.device))
 
 
 # --- the server's half -------------------------------------------------------------------------------------------
@@ -233,7 +224,7 @@ def serve(recipe: Recipe, grid: Any, config: Mapping[str, Any], progress: Progre
     saved = SavedRun(folder, recipe)
     _open(folder, recipe)
     told: dict[str, dict[str, Any]] = {}
-    with progress(folder, "resume") as watch:
+    with progress(folder, f"./start.sh run {folder}") as watch:
         serve_grid(
             _job(recipe, folder),
             grid,
@@ -241,12 +232,26 @@ def serve(recipe: Recipe, grid: Any, config: Mapping[str, Any], progress: Progre
             watch=watch,
             patience=patience(recipe),
             make=make,
-            told=lambda name, facts: told.update({name: {**dict.fromkeys(FIGURES), **facts}}),
+            told=lambda name, facts: told.update({name: believable(facts)}),
         )
-    saved.summarize(dict(sorted(told.items())), 0.0)
+    saved.summarize(dict(sorted(told.items())), None)
     print(f"personae: report: {saved.report()}", flush=True)
     print(f"personae: {json_text({name: t.get('heldout_loss') for name, t in sorted(told.items())})}", flush=True)
     return saved
+
+
+def believable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's figures as far as they are of the right kind: anything else is null, whoever sent it."""
+    figures: dict[str, Any] = dict.fromkeys((*TEXTS, *NUMBERS, *NEVER_TOLD))
+    for key in NUMBERS:
+        value = facts.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12:
+            figures[key] = value
+    figures["role"] = "new" if facts.get("role") == "new" else "train"
+    for key in ("kid_features", "frechet_features"):
+        if isinstance(name := facts.get(key), str):
+            figures[key] = name[:100]
+    return figures
 
 
 def _job(recipe: Recipe, folder: Path) -> Job:
@@ -260,6 +265,7 @@ def _open(folder: Path, recipe: Recipe) -> None:
     if (folder / "config.toml").is_file():
         if (folder / "config.toml").read_text("utf-8") != text:
             raise ConfigError(f"{folder} holds a run of another recipe; choose another folder")
+        _describe(folder, recipe)
         return
     opened = RunFolder(folder)
     opened.create()

@@ -89,13 +89,13 @@ class Federation:
 
     `minimum` is how many updates a round needs, everyone's of the cohort when left out: clients that fail, are refused
     or come too late beyond that are counted and left out. The rest is for engine "flower": a round ends for those who
-    have not answered after `deadline_seconds`, or, once `minimum` have, after `patience` times the median of their own
-    times, but not before `least_seconds`; before a round, it waits `wait_seconds` for enough clients to appear.
+    have not answered after `deadline_seconds`, or, once `minimum` have, after `times_median` times the median of their
+    own times, but not before `least_seconds`; it waits `wait_seconds` for enough clients to appear.
     """
 
     minimum: int | None = None
     deadline_seconds: float = 3600.0
-    patience: float = 3.0
+    times_median: float = 3.0
     least_seconds: float = 10.0
     wait_seconds: float = 300.0
 

@@ -110,7 +110,9 @@ def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     if not (saved.folder / "images.json").is_file():
         write_json(saved.folder / "images.json", saved._images)
     if not RunFolder(saved.folder).is_complete():
-        engine_by_name(saved.recipe.engine, patience(saved.recipe)).run(saved.job, resume=True, watch=watch)
+        engine_by_name(saved.recipe.engine, patience(saved.recipe), saved.recipe.machine.device).run(
+            saved.job, resume=True, watch=watch
+        )
     if not (saved.folder / "summary.json").is_file():
         saved.evaluate(watch=watch)
     saved.report()
@@ -272,13 +274,13 @@ class SavedRun:
         self.summarize(figures, time.perf_counter() - started)
         return self.summary
 
-    def summarize(self, figures: Mapping[str, dict[str, Any]], seconds: float) -> None:
-        """Write summary.json from the clients' figures, which took `seconds`, and the cost of the training."""
+    def summarize(self, figures: Mapping[str, dict[str, Any]], seconds: float | None) -> None:
+        """Write summary.json from the clients' figures, which took `seconds`, where known, and the training's cost."""
         cost = read_json(self.folder / "cost.json")
         for name, figure in figures.items():
             traffic = cost["traffic"].get(name, {"up": 0, "down": self._released.num_bytes()})
             figure |= {"bytes_up": traffic["up"], "bytes_down": traffic["down"]}
-        stages = {**cost["stages"], "evaluate_seconds": seconds}
+        stages = cost["stages"] | ({} if seconds is None else {"evaluate_seconds": seconds})
         losses = [f["heldout_loss"] for f in figures.values() if f.get("heldout_loss") is not None]
         summary = {
             "format_version": SUMMARY_VERSION,

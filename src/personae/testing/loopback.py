@@ -49,7 +49,7 @@ class LoopbackGrid(Grid):
             for node in range(1, self.num_nodes + 1)
         }
 
-    def make(self, content: RecordDict, node: int, kind: str) -> Message:
+    def make(self, content: RecordDict, node: int, kind: str, seconds: float = 3600.0) -> Message:
         """Flower makes messages only inside a running task; this one says where it comes from by itself."""
         metadata = Metadata(
             run_id=1,
@@ -59,7 +59,7 @@ class LoopbackGrid(Grid):
             reply_to_message_id="",
             group_id="",
             created_at=time.time(),
-            ttl=3600.0,
+            ttl=seconds,
             message_type=kind,
         )
         return Message(metadata=metadata, content=content)  # type: ignore[call-overload,no-any-return]
