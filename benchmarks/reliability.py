@@ -161,6 +161,12 @@ class Deployment:
                 os.kill(pid, number)
         return found
 
+    def gone(self, part: str) -> bool:
+        """Whether nothing of a part is left. What ended is waited for, or its children would think it alive."""
+        for process in self.started:
+            process.poll()
+        return not list(processes(f"{self.folder}:{part}"))
+
     def stop(self) -> None:
         """As Ctrl-C does it, and then by force."""
         for number, seconds in ((signal.SIGCONT, 0), (signal.SIGTERM, 15), (signal.SIGKILL, 10)):
@@ -354,14 +360,14 @@ def gone_for_a_round(folder: Path, number: int) -> Seen:
         time.sleep(random.uniform(0, 3))
         before = d.kept("ben")["000001.safetensors"]
         num = len(d.kill("ben", number, "" if number == signal.SIGKILL else "flower-supernode"))
-        until(lambda: not list(processes(f"{folder}:ben")), 60, "ben's SuperNode ends")
+        until(lambda: d.gone("ben"), 60, "ben's SuperNode ends")
         intact, gone, tries = d.kept("ben")["000001.safetensors"] == before, time.monotonic(), again(d, "ben")
         back = time.monotonic() - gone
         d.finish(going)
         now, parts = sorted(d.kept("ben")), took_part(d)
         fine = parts[0] == parts[-1] == ["anna", "ben"] and ["anna"] in parts and intact and is_reported(d)
         return Seen(
-            f"{num} processes; let in again after {back:.0f} s, at the {tries}th start; {rounds(d)}<br>ben's file of "
+            f"{num} processes; let in again after {back:.0f} s and {tries} starts; {rounds(d)}<br>ben's file of "
             f"round 1 was {'intact' if intact else 'damaged'}; at the end kept/ holds {', '.join(now)}",
             fine and f"{len(parts):06d}.safetensors" in now,
         )
@@ -473,10 +479,10 @@ def super_link(folder: Path) -> Seen:
         d.wait_rounds(1)
         time.sleep(random.uniform(0, 5))
         d.kill("server", program="flower-superlink")
-        d.started[0].wait()  # or what it started would take it to be alive
+        d.started[0].wait()
         left = server_apps(d, 30)
         at = len(d.records())
-        until(lambda: not list(processes(f"{folder}:server")), 60, "the SuperLink's processes end")
+        until(lambda: d.gone("server"), 60, "the SuperLink's processes end")
         d.kill("run")
         going.wait(30)
         d.server()

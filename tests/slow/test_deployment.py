@@ -1,5 +1,6 @@
 """A deployment with real processes: the bits of one process, and what is on the wire between them."""
 
+import json
 import os
 import signal
 import socket
@@ -116,6 +117,57 @@ def test_the_example_ends_in_the_bits_of_one_process(folder):
     assert len(list((work / "dora").rglob("*.png"))) >= 1
 
 
+class Link:
+    """A SuperLink without TLS, SuperNodes at it, and one run after the other."""
+
+    def __init__(self, folder, num_nodes):
+        self.folder, self.processes = folder, []
+        self.port, *self.free = range(first := free_ports(1 + num_nodes), first + 1 + num_nodes)
+        self.at = ("--host", "127.0.0.1", "--port", self.port)
+        self.start("server", "flower-superlink", "--insecure", *self.at, "--disable-runtime-dependency-installation")
+        wait(self.listens, 60, "the SuperLink listens")
+
+    def listens(self):
+        with socket.socket() as tried:
+            return tried.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def start(self, name, *command):
+        home = self.folder / "flower" / name
+        home.mkdir(parents=True)
+        config = (
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        )
+        (home / "config.toml").write_text(config)
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(
+                list(map(str, command)),
+                env=environment(self.folder, FLWR_HOME=str(home)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def node(self, name, port):
+        """`port` is where it looks for the SuperLink: perhaps at a recorder before it."""
+        config = f'name="{name}" data="{self.folder}/photos/{name}" state="{self.folder}/state/{name}"'
+        at = ("--superlink", f"127.0.0.1:{port}", "--port", self.free.pop())
+        self.start(name, "flower-supernode", "--insecure", *at, "--node-config", config)
+
+    def run(self, app, out):
+        """Waits for its end. Returns what was printed."""
+        name = f"run-{out.name}"
+        self.start(name, "flwr", "run", app, "here", "--run-config", f'out="{out}"', "--stream").wait(400)
+        return (self.folder / f"{name}.log").read_text()
+
+    def end(self):
+        end(self.folder)
+        for process in self.processes:
+            process.wait(15)
+
+
 class Recorder:
     """Forwards one TCP port to another, and keeps every byte of every connection, in both directions."""
 
@@ -169,51 +221,17 @@ def test_nothing_personal_is_on_the_wire(folder):
     # No checkpoint before the last round, so that all versions of what a client keeps are there afterwards.
     changed = ("federation.minimum=2", "machine.checkpoint_every=100", "federation.wait_seconds=200")
     app = deploy(ROOT / "recipes/digits/deployed.toml", folder / "app", [*LITTLE, *changed])
-    port = free_ports(1 + len(names))
-
-    def start(name, *command):
-        home = folder / "flower" / name
-        home.mkdir(parents=True)
-        config = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        (home / "config.toml").write_text(config)
-        with open(folder / f"{name}.log", "wb") as log:
-            return subprocess.Popen(
-                list(map(str, command)),
-                env=environment(folder, FLWR_HOME=str(home)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def listens():
-        with socket.socket() as tried:
-            return tried.connect_ex(("127.0.0.1", port)) == 0
-
+    link = Link(folder, len(names))
+    wire = Recorder(link.port)
     run = folder / "run"
-    alone = "--disable-runtime-dependency-installation"
-    started = [start("server", "flower-superlink", "--host", "127.0.0.1", "--port", port, "--insecure", alone)]
-    wait(listens, 60, "the SuperLink listens")
-    wire = Recorder(port)
-    started += [
-        start(
-            name,
-            *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{wire.port}", "--port", own),
-            "--node-config",
-            f'name="{name}" data="{folder}/photos/{name}" state="{folder}/state/{name}"',
-        )
-        for own, name in enumerate(names, start=port + 1)
-    ]
-    out = f'out="{run}"'
-    started.append(start("run", "flwr", "run", app, "here", "--run-config", out, "--stream"))
     try:
-        started[-1].wait(400)
+        for name in names:
+            link.node(name, wire.port)
+        log = link.run(app, run)
     finally:
-        end(folder)
-        for process in started:
-            process.wait(15)
+        link.end()
         wire.close()
-    assert (run / "report.html").is_file(), (folder / "run.log").read_text()
+    assert (run / "report.html").is_file(), log
 
     everything = b"\n".join(map(bytes, wire.streams))
     backbone = load_state(run / "server.safetensors").params
@@ -243,3 +261,48 @@ def test_nothing_personal_is_on_the_wire(folder):
             assert prefix + name.encode() + b'"' not in everything, name
     assert b"\x89PNG" not in everything
     assert str(folder).encode() not in everything.replace(str(run).encode(), b"")  # the server's own, for all to see
+
+
+# --- every method ----------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "fedavg_ft": '[method]\nname = "fedavg_ft"\n{training}\n{adapt}\n',
+    "shared_rep": '[method]\nname = "shared_rep"\npersonal_layers = ["conv_norm_out.", "conv_out."]\n'
+    "{training}\n{tail}\n{adapt}\n",
+    "local_only": '[method]\nname = "local_only"\n{training}\n{adapt}\n',
+    "wrapped": '[method]\nname = "spire"\n{training}\n{adapt}\n'
+    "[wrap.proximal]\nmu = 0.1\n[wrap.server_adam]\nlr = 0.01\n[wrap.server_ema]\ndecay = 0.9\n",
+}
+STRETCHES = {
+    name: f"[method.{name}]\nsteps = 5\nlr = 0.002\nbatch_size = 16\n" for name in ("training", "adapt", "tail")
+}
+
+
+def test_every_method_has_the_bits_of_one_process(folder):
+    """One SuperLink and two SuperNodes serve one run after the other, a method each; SPIRE is in the example above."""
+    names = ("anna", "ben")
+    subprocess.run(
+        [sys.executable, ROOT / "examples/digit_folders.py", folder / "photos", *names], check=True, capture_output=True
+    )
+    link = Link(folder, len(names))
+    base = (ROOT / "recipes/digits/deployed.toml").read_text("utf-8")
+    before, after = base[: base.index("[method]")], base[base.index("[federation]") :]
+    changed = [o for o in LITTLE if not o.startswith("method.")]
+    changed += ["federation.minimum=2", "federation.wait_seconds=200"]
+    try:
+        for name in names:
+            link.node(name, link.port)
+        for method, text in METHODS.items():
+            recipe, run = folder / f"{method}.toml", folder / "runs" / method
+            recipe.write_text(before + text.format(**STRETCHES) + after)
+            log = link.run(deploy(recipe, folder / "apps" / method, changed), run)
+            assert (run / "report.html").is_file(), f"{method}: {log}"
+            overrides = [*changed, "engine=in_process", f"data.path={folder}/photos"]
+            here = personae.run(recipe, folder / "here" / method, overrides=overrides).folder
+            assert (run / "server.safetensors").read_bytes() == (here / "server.safetensors").read_bytes(), method
+            key = json.loads((run / "federation.json").read_text())["run"]
+            for name in names:
+                own = folder / "state" / name / key / "clients" / f"{name}.safetensors"
+                assert own.read_bytes() == (here / "clients" / own.name).read_bytes(), (method, name)
+    finally:
+        link.end()

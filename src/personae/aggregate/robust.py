@@ -5,8 +5,8 @@ are few or unlike. What every rule here does:
 
 - It holds a round's updates in memory, one model per client, since none can be judged without the others.
 - Clients weigh alike. The number of examples is a client's own claim, and a claim must not buy power.
-- A client that sent anything not finite is left out, and is one of the attackers found. The engines refuse such a client
-  before a rule sees it: then the rule has one update less, and still needs as many as it says.
+- A client that sent anything not finite is left out, and is one of the attackers found. The engines refuse such a
+  client before a rule sees it: then the rule has one update less, and still needs as many as it says.
 - Updates are taken in client-name order, which also decides ties, so the order of arrival changes nothing.
 - Values are combined as float32 (float64 stays) and given back in their own type.
 
