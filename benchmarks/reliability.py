@@ -339,7 +339,8 @@ def raises(folder: Path) -> Seen:
         d.finish(going)
         reason = re.findall(r"personae: DataError: .*", d.log("ben"))[:1]
         fine = took_part(d)[0] == ["anna", "ben"] and ["anna"] in took_part(d)[1:] and is_reported(d)
-        return Seen(f"{rounds(d)}<br>ben's own log: {reason}", fine)
+        told = str(reason).replace(f"{d.folder}/", "")  # no path of the machine that it ran on
+        return Seen(f"{rounds(d)}<br>ben's own log: {told}", fine)
 
 
 def killed(folder: Path) -> Seen:
