@@ -14,7 +14,8 @@ ENGINES = ("in_process", "flower")
 def engine_by_name(name: str, patience: Patience, device: str = "cpu") -> Engine:
     """`device` is where clients train: one on a GPU takes a whole one in a simulation.
 
-    Raises: ConfigError, when the engine is unknown or its library is not installed."""
+    Raises: ConfigError, when the engine is unknown or its library is not installed.
+    """
     if name == "in_process":
         return InProcess()
     if name != "flower":

@@ -137,6 +137,9 @@ def play(
     clients: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
 
+    def tell(name: str, done: bool = False) -> None:
+        watch(_progress(job, "train", number, name, clients, len(cohort), started, done, len(refused)))
+
     def arrive() -> Iterator[Update]:
         for answer in carrier.answers(server, number, cohort, since):
             update, problem = answer.update, answer.problem
@@ -155,9 +158,7 @@ def play(
                 refused[answer.client] = f"{type(problem).__name__}: {problem}"
                 if isinstance(problem, PrivacyError) or len(cohort) - len(refused) < minimum:
                     raise problem
-                watch(
-                    _progress(job, "train", number, answer.client, clients, len(cohort), started, False, len(refused))
-                )
+                tell(answer.client)
                 continue
             assert update is not None, "an answer holds an update or a problem"
             clients[answer.client] = {
@@ -168,7 +169,7 @@ def play(
             }
             if answer.settle is not None:
                 answer.settle()
-            watch(_progress(job, "train", number, answer.client, clients, len(cohort), started, False, len(refused)))
+            tell(answer.client)
             del answer
             if job.clip_norm is not None:
                 update = clipped(update, server.params, job.clip_norm)
@@ -183,7 +184,7 @@ def play(
             f"round {number} ended in values that are not finite, in {broken[0]} first; it was not saved. Some update "
             "was finite but huge: set aggregation.clip_norm or a robust aggregation.rule, and resume"
         )
-    watch(_progress(job, "train", number, cohort[-1], clients, len(cohort), started, True, len(refused)))
+    tell(cohort[-1], done=True)
     record: dict[str, Any] = {"round": number, "seconds": time.perf_counter() - started, "clients": clients}
     return server, record | ({"refused": refused} if refused else {})
 

@@ -39,7 +39,7 @@ from personae.recipe.workflow import SavedRun, Watch
 
 TEMPLATES = Path(__file__).parent / "deployment"
 NEVER_TOLD = ("labels", "sampled_labels", "sampled_labels_before", "bytes_up", "bytes_down")
-TEXTS = ("role", "kid_features", "frechet_features")
+FEATURE_NAMES = ("kid_features", "frechet_features")
 NUMBERS = (
     *("num_images", "num_heldout", "heldout_loss", "heldout_loss_before", "histogram_distance"),
     *("histogram_distance_before", "kid", "kid_std", "kid_floor", "kid_subset_size", "frechet", "precision", "recall"),
@@ -242,13 +242,13 @@ def serve(recipe: Recipe, grid: Any, config: Mapping[str, Any], progress: Progre
 
 def believable(facts: Mapping[str, Any]) -> dict[str, Any]:
     """A client's figures as far as they are of the right kind: anything else is null, whoever sent it."""
-    figures: dict[str, Any] = dict.fromkeys((*TEXTS, *NUMBERS, *NEVER_TOLD))
+    figures: dict[str, Any] = dict.fromkeys(("role", *FEATURE_NAMES, *NUMBERS, *NEVER_TOLD))
     for key in NUMBERS:
         value = facts.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12:
             figures[key] = value
     figures["role"] = "new" if facts.get("role") == "new" else "train"
-    for key in ("kid_features", "frechet_features"):
+    for key in FEATURE_NAMES:
         if isinstance(name := facts.get(key), str):
             figures[key] = name[:100]
     return figures
