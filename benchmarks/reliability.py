@@ -315,10 +315,6 @@ def is_reported(deployment: Deployment) -> bool:
     return (deployment.run / "report.html").is_file()
 
 
-BACK = [["anna", "ben"], ["anna"], ["anna", "ben"]]
-"""Ben misses the second of three rounds."""
-
-
 def nothing(folder: Path) -> Seen:
     with Deployment(folder, EVERYONE) as d:
         d.everyone()
@@ -366,7 +362,7 @@ def gone_for_a_round(folder: Path, number: int) -> Seen:
         back = time.monotonic() - gone
         d.finish(going)
         now, parts = sorted(d.kept("ben")), took_part(d)
-        fine = parts[0] == parts[-1] == ["anna", "ben"] and ["anna"] in parts and intact and is_reported(d)
+        fine = "ben" in parts[0] and ["anna"] in parts and parts[-1] == ["anna", "ben"] and intact and is_reported(d)
         return Seen(
             f"{num} processes; let in again after {back:.0f} s and {tries} starts; {rounds(d)}<br>ben's file of "
             f"round 1 was {'intact' if intact else 'damaged'}; at the end kept/ holds {', '.join(now)}",
@@ -400,7 +396,8 @@ def hangs(folder: Path) -> Seen:
         d.kill("ben", signal.SIGCONT)
         d.finish(going)
         # Not asked again before it has answered what it owes.
-        fine = took_part(d)[:2] == BACK[:2] and took_part(d)[-1] == ["anna", "ben"] and is_reported(d)
+        parts = took_part(d)
+        fine = "ben" in parts[0] and parts[1] == ["anna"] and parts[-1] == ["anna", "ben"] and is_reported(d)
         return Seen(f"it stood still for {seconds:.0f} s; {rounds(d)}", fine)
 
 

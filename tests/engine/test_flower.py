@@ -404,7 +404,7 @@ def test_a_reply_that_is_lost_after_the_client_kept_its_state_counts_on_neither_
             fails()
 
     turns = iter(range(1, 10))
-    patience = Patience(deadline_seconds=5.0, times_median=1.0, least_seconds=0.3, wait_seconds=0.5)
+    patience = Patience(deadline_seconds=30.0, times_median=3.0, least_seconds=0.3, wait_seconds=0.5)
     offline = set()
 
     def reappear(now):
@@ -427,7 +427,7 @@ def test_a_reply_that_is_lost_after_the_client_kept_its_state_counts_on_neither_
 
 
 def test_a_node_whose_answer_was_lost_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("personae.engine.flower.ASK_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr("personae.engine.flower.nodes.ASK_AGAIN_SECONDS", 0.2)
     first = {2}
 
     def lose(node, reply):
@@ -438,6 +438,41 @@ def test_a_node_whose_answer_was_lost_is_asked_again(tmp_path, monkeypatch):
 
     Loopback(Patience(wait_seconds=3.0), bend=lose).run(job(tmp_path / "run"))
     assert all(len(r["clients"]) == 3 for r in records(tmp_path / "run"))
+
+
+def test_a_node_that_was_started_anew_is_asked_again(tmp_path):
+    """Killed after it had fetched a message, and back before the server looked: nobody will ever answer that one."""
+    started = {}
+
+    def lose(node, reply):
+        about = reply.content.config_records["about"]
+        return None if node == 2 and about.get("round") == 1 and has_state(reply) else reply
+
+    def restart(now):
+        if now.done and now.round == 1:
+            started[2] = "2026-01-01T12:00:00"
+
+    patience = Patience(deadline_seconds=30.0, times_median=2.0, least_seconds=0.2, wait_seconds=1.0)
+    Loopback(patience, bend=lose, started=started).run(job(tmp_path / "run", minimum=2, rounds=3), watch=restart)
+    two, three = ["c0", "c2"], ["c0", "c1", "c2"]
+    assert [list(r["clients"]) for r in records(tmp_path / "run")] == [two, three, three]
+
+
+def test_a_node_that_was_started_anew_introduces_itself_anew(tmp_path, capsys):
+    started = {}
+
+    def bend(node, reply):
+        if node in started and "method" in reply.content.config_records["about"]:
+            reply.content.config_records["about"]["version"] = "0.0.0"
+        return reply
+
+    def restart(now):
+        if now.done and now.round == 1:
+            started[2] = "2026-01-01T12:00:00"
+
+    Loopback(bend=bend, started=started).run(job(tmp_path / "run", minimum=2, rounds=2), watch=restart)
+    assert [list(r["clients"]) for r in records(tmp_path / "run")] == [["c0", "c1", "c2"], ["c0", "c2"]]
+    assert "client 'c1': version is '0.0.0', the server's is" in capsys.readouterr().err
 
 
 def test_the_end_waits_for_those_who_took_part(tmp_path):

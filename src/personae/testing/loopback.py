@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
@@ -28,7 +29,8 @@ def as_it_is(node: int, reply: Message) -> Message:
 class LoopbackGrid(Grid):
     """Nodes 1 to `num_nodes`, each with a Context of its own; a message is answered when it is pulled.
 
-    `bend` may lose or change replies, `late` holds a node's replies back for so many pulls.
+    `bend` may lose or change replies, `late` holds a node's replies back for so many pulls, `started` says when a node
+    was last started.
     """
 
     app: Callable[[Message, Context], Message]
@@ -36,6 +38,7 @@ class LoopbackGrid(Grid):
     bend: Bend = as_it_is
     late: dict[int, int] = field(default_factory=dict)
     offline: set[int] = field(default_factory=set)
+    started: dict[int, str] = field(default_factory=dict)
     pushed: list[Message] = field(default_factory=list)
     """Everything that was ever sent to a node."""
     replied: list[Message] = field(default_factory=list)
@@ -66,6 +69,10 @@ class LoopbackGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node in self._contexts if node not in self.offline]
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Of Flower's NodeInfo, what a server looks at."""
+        return [SimpleNamespace(node_id=n, last_activated_at=self.started.get(n, "")) for n in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = []
@@ -113,11 +120,12 @@ class Loopback:
     bend: Bend = as_it_is
     late: dict[int, int] = field(default_factory=dict)
     offline: set[int] = field(default_factory=set)
+    started: dict[int, str] = field(default_factory=dict)
     grids: list[LoopbackGrid] = field(default_factory=list)
 
     def run(self, job: Job, *, resume: bool = False, watch: Watch = ignore) -> Run:
         names: Sequence[str] = [*sorted(job.members.train), *sorted(job.members.new)]
         app = client_app(simulated(job, names))
-        grid = LoopbackGrid(app, len(names), self.bend, self.late, self.offline)
+        grid = LoopbackGrid(app, len(names), self.bend, self.late, self.offline, self.started)
         self.grids.append(grid)
         return serve_grid(job, grid, resume=resume, watch=watch, patience=self.patience, make=grid.make)
