@@ -123,12 +123,14 @@ class ClientData:
 class Batch:
     """What one step of training or sampling sees of the data.
 
-    `unconditional` is True where the null vector stands in.
+    `unconditional` is True where the null vector stands in; `clients` says whose part stands for each example, by its
+    row in the model, and may be left out where the model holds one client's.
     """
 
     images: Float[Tensor, "B ..."]
     unconditional: Bool[Tensor, " B"]
     captions: tuple[str, ...] = ()
+    clients: Int64[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -256,6 +258,7 @@ class Denoiser(Protocol):
     """A network that predicts noise, clean sample or velocity, and the parts attached to it.
 
     `load` is absolute: afterwards the model is the frozen base plus exactly the given parts, whatever was there before.
+    It may hold several clients at once: what is per client then has a row for each, and all else they share.
     """
 
     @property
@@ -288,8 +291,12 @@ class Denoiser(Protocol):
         """The frozen rest, read-only."""
         ...
 
-    def load(self, params: Arrays) -> None:
-        """Raises: MismatchedNames or ShapeError, before anything has changed."""
+    def load(self, params: Arrays, num_clients: int = 1) -> None:
+        """Another number of clients than before makes what is per client a new parameter.
+
+        Shapes: what is per client has `num_clients` rows.
+        Raises: MismatchedNames or ShapeError, before anything has changed.
+        """
         ...
 
     def train(self, mode: bool = True) -> Any: ...
@@ -332,13 +339,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Client:
-    """One participant, as it sees itself in one round. The engine has loaded `model` before any method sees it."""
+    """One participant, as it sees itself in one round. The engine has loaded `model` before any method sees it.
+
+    `beside` are others that personalize in the same batch, each from its own data and generator; `model` then holds a
+    row for each of `together`.
+    """
 
     name: str
     data: ClientData
     model: Denoiser
     rng: torch.Generator
     plan: Plan = Plan()
+    beside: tuple[Client, ...] = ()
+
+    @property
+    def together(self) -> tuple[Client, ...]:
+        """This client, then those beside it."""
+        return (self, *self.beside)
 
     def update(self, sent: State, **metrics: float) -> Update:
         return Update(self.name, len(self.data.train), sent, metrics)
@@ -376,7 +393,11 @@ class Method(Protocol):
         ...
 
     def personalize(self, client: Client, got: State, kept: State) -> State:
-        """Client: what it samples with, given what was released. Sends nothing."""
+        """Client: what it samples with, given what was released. Sends nothing.
+
+        A client with others beside it is given only to a method whose personal part is per client. Nothing was kept
+        then, and what is returned has a row for each.
+        """
         ...
 
 
@@ -441,10 +462,11 @@ class Job:
 class Round:
     """What a watcher sees when a client has finished, and (with `done`) when its round or stage has.
 
-    Bytes and seconds are of this round so far; `refused` clients failed or sent what could not be taken.
+    Bytes and seconds are of this round so far; `refused` clients failed or sent what could not be taken. In stage
+    "measure", of a study, `client` names a cell and the counts are of cells.
     """
 
-    stage: Literal["train", "personalize", "evaluate"]
+    stage: Literal["train", "personalize", "evaluate", "measure"]
     round: int
     rounds: int
     client: str

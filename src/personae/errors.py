@@ -61,6 +61,14 @@ class RefusedUpdate(FederationError):
     """An update was refused before anything was added up."""
 
 
+class Diverged(FederationError):
+    """A client's training left the finite numbers."""
+
+    def __init__(self, client: str, what: str) -> None:
+        super().__init__(f"client {client!r}: {what}")
+        self.client = client
+
+
 class ClientFailed(FederationError):
     """A client raised while it worked.
 

@@ -4,7 +4,7 @@ import torch
 from personae.backbone.mlp import MLPDenoiser
 from personae.backbone.schedule import schedule
 from personae.core import Batch, Client, ClientData, Images, Training, everything, pick, stream, under
-from personae.errors import ConfigError, MismatchedNames
+from personae.errors import ConfigError, MismatchedNames, ShapeError
 from personae.local.fit import fit
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
@@ -87,3 +87,35 @@ def test_it_learns_a_point():
     how = Training(steps=150, lr=0.01, batch_size=64)
     first = fit(client, everything, how).loss
     assert fit(client, everything, how).loss < 0.25 < first
+
+
+# --- several clients in one model --------------------------------------------------------------------------------
+
+
+def test_several_clients_are_held_until_one_is_loaded_again():
+    model = made()
+    one, three = model.params(), torch.arange(9.0).view(3, 3)
+    model.load({**one, EMBEDDING: three}, 3)
+    assert torch.equal(model.params()[EMBEDDING], three) and torch.equal(model.live()[EMBEDDING], three)
+    assert model.live()[EMBEDDING] is model.part.embedding.weight
+    model.load(one)
+    assert torch.equal(model.params()[EMBEDDING], one[EMBEDDING])
+
+
+@pytest.mark.parametrize(("rows", "told"), [(3, 1), (1, 3), (2, 3)])
+def test_the_number_of_clients_must_be_said(rows, told):
+    model = made()
+    before = model.params()
+    with pytest.raises(ShapeError, match=rf"embedding.weight is \[{rows}, 3\], expected \[{told}, 3\]"):
+        model.load({**{n: v + 1 for n, v in before.items()}, EMBEDDING: torch.zeros(rows, 3)}, told)
+    assert all(torch.equal(before[name], value) for name, value in model.params().items())
+
+
+def test_a_graph_that_is_still_held_does_not_cut_the_gradient_of_more_clients():
+    """Were the parameter kept and given more rows, torch would sum them up to the one row that it still expects."""
+    model = made()
+    batch = Batch(torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.bool), clients=torch.arange(3))
+    held = model.condition(Batch(batch.images, batch.unconditional))
+    model.load({**model.params(), EMBEDDING: torch.zeros(3, 3)}, 3)
+    model.condition(batch).sum().backward()
+    assert held.requires_grad and model.live()[EMBEDDING].grad.shape == (3, 3)

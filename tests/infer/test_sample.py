@@ -7,7 +7,7 @@ from personae.backbone.mlp import MLPDenoiser
 from personae.backbone.schedule import schedule
 from personae.core import Batch, Images, stream
 from personae.errors import ConfigError
-from personae.infer.sample import SAMPLERS, check_steps, sample, to_bytes
+from personae.infer.sample import SAMPLERS, check_steps, sample, sample_together, to_bytes
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
 # diffusers' DPM-Solver hands torch tensors to numpy in a way that numpy is about to drop.
@@ -149,3 +149,52 @@ def test_bytes_are_rounded_and_clamped():
     values = torch.tensor([-2.0, -1.0, 1.4 / 127.5 - 1, 1.6 / 127.5 - 1, 0.999, 1.0, 7.0])
     assert to_bytes(values).tolist() == [0, 0, 1, 2, 255, 255, 255]
     assert to_bytes(values).dtype == torch.uint8
+
+
+# --- several clients in one batch --------------------------------------------------------------------------------
+
+ROWS = torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, -2.0], [-2.0, 0.5, 0.0]])
+
+
+def alone_and_together(model, count, seeds=(1, 2, 3), **options):
+    """Both [3, count, ...]: one client loaded after the other, and all of them at once."""
+    alone, values = [], model.params()
+    for row, seed in zip(ROWS, seeds, strict=True):
+        model.load({**values, EMBEDDING: row[None]})
+        alone.append(sample(model, count, stream(seed), **options))
+    model.load({**values, EMBEDDING: ROWS}, 3)
+    return torch.stack(alone), sample_together(model, count, [stream(seed) for seed in seeds], **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"unconditional": True}], ids=["own", "guided", "null"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_client_draws_what_it_would_draw_alone(sampler, options):
+    alone, together = alone_and_together(made(), 4, sampler=sampler, steps=8, **options)
+    assert together.shape == (3, 4, 1, 2, 2)
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 13, 256])
+def test_a_batch_holds_as_many_clients_as_it_has_room_for(monkeypatch, sampler, batch_size):
+    """5 images each: 1 to 4 in several parts of a client, 5 to 9 one client at once, 10 to 14 two, 15 three."""
+    model, seen = made(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x_t, t, cond: seen.append(len(x_t)) or forward(x_t, t, cond))
+    alone, together = alone_and_together(model, 5, sampler=sampler, steps=5, batch_size=batch_size)
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert max(seen) == {1: 1, 2: 2, 5: 5, 8: 5, 13: 10, 256: 15}[batch_size]
+
+
+def test_the_same_generators_draw_different_images_of_different_clients():
+    _, together = alone_and_together(made(), 2, seeds=(1, 1, 1), steps=5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("generators", [1, 2, 4])
+def test_there_is_one_generator_per_client(generators):
+    model = made()
+    model.load({**model.params(), EMBEDDING: ROWS}, 3)
+    with pytest.raises(ConfigError, match=f"the model holds 3 clients, and {generators} generators were given"):
+        sample_together(model, 1, [stream(seed) for seed in range(generators)], steps=5)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from personae.backbone.mixture import MixtureDenoiser
 from personae.backbone.mlp import MLPDenoiser
 from personae.backbone.schedule import schedule
+from personae.backbone.unet import preset
 from personae.core import Client, ClientData, Images, Plan, Training, everything, neither, nothing, stream, under
-from personae.errors import ConfigError, FederationError
-from personae.local.fit import _optimizers, _restore, fit
+from personae.errors import ConfigError, Diverged, FederationError
+from personae.local.fit import _optimizers, _restore, fit, fit_together
 from personae.objective.proximal import proximal
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
@@ -305,3 +307,180 @@ def test_a_training_lists_all_its_problems_at_once():
         "condition_dropout is 1.5",
     ):
         assert problem in str(caught.value)
+
+
+# --- several clients in one batch --------------------------------------------------------------------------------
+
+
+def unet(place):
+    return preset("tiny", schedule(), size=8, channels=1, embedding_width=6, place=place)
+
+
+MODELS = {
+    "mlp": lambda: MLPDenoiser((2,), schedule(), width=8, num_blocks=1, embedding_width=4),
+    "mixture": lambda: MixtureDenoiser(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0]]), schedule()),
+    "time": lambda: unet("time"),
+    "blocks": lambda: unet("blocks"),
+    "input": lambda: unet("input"),
+    "gate": lambda: unet("gate"),
+}
+TOGETHER = Training(steps=6, lr=0.05, batch_size=3, condition_dropout=0.3)
+
+
+def people(model, sizes=(9, 2, 1), scales=(1.0, 1.0, 1.0)):
+    """Clients that share a model, each with its own images and generator; alone they are c0, c1, ... as well."""
+    clients = []
+    for k, (size, scale) in enumerate(zip(sizes, scales, strict=True)):
+        images = Images(scale * torch.randn(size, *model.sample_shape, generator=stream(k, "images")))
+        clients.append(Client(f"c{k}", ClientData(images, images), model, stream(k, "draws")))
+    return clients
+
+
+def codes(model, count=3):
+    return torch.randn(count, model.live()[EMBEDDING].shape[1], generator=stream(0, "codes"))
+
+
+def side_by_side(model, clients, how):
+    """What the loop leaves of all clients in one batch."""
+    model.load({**model.initial(stream(0)), EMBEDDING: codes(model, len(clients))}, len(clients))
+    fitted = fit_together(clients, PERSONAL, how)
+    return fitted, model.params()[EMBEDDING]
+
+
+def one_by_one(model, clients, how):
+    fitted, vectors = [], []
+    for client, code in zip(clients, codes(model, len(clients)), strict=True):
+        model.load({**model.initial(stream(0)), EMBEDDING: code[None]})
+        fitted.append(fit(client, PERSONAL, how))
+        vectors.append(model.params()[EMBEDDING])
+    return fitted, torch.cat(vectors)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_grad_norm": 0.01, "optimizer": "sgd", "lr": 5.0},
+        {"accumulate": 2, "optimizer": "adamw", "weight_decay": 0.1, "warmup_steps": 3, "decay": "cosine"},
+    ],
+    ids=["adam", "clipped", "everything"],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_each_client_ends_as_it_would_alone(name, changes):
+    """With fewer images than a batch, with one image, and with as many as three batches."""
+    model, how = MODELS[name](), replace(TOGETHER, **changes)
+    alone, together = people(model), people(model)
+    fitted, vectors = one_by_one(model, alone, how)
+    fitted_together, vectors_together = side_by_side(model, together, how)
+    torch.testing.assert_close(vectors_together, vectors, atol=2e-4, rtol=1e-4)
+    assert (vectors - codes(model)).abs().amax(dim=1).min() > 1e-3
+    for one, other in zip(fitted, fitted_together, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        torch.testing.assert_close(other.moments, one.moments, atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(a.rng.get_state(), b.rng.get_state()) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_they_share_keeps_its_bits():
+    model = MODELS["mlp"]()
+    model.load({**model.initial(stream(0)), EMBEDDING: codes(model)}, 3)
+    before = model.params()
+    fit_together(people(model), PERSONAL, TOGETHER)
+    assert differing(before, model.params()) == {EMBEDDING}
+
+
+def test_the_order_of_the_clients_does_not_matter():
+    model = MODELS["mlp"]()
+    code = codes(model, 1)
+    ends = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        clients = people(model)
+        model.load({**model.initial(stream(0)), EMBEDDING: code.repeat(3, 1)}, 3)
+        fit_together([clients[k] for k in order], PERSONAL, TOGETHER)
+        ends.append(dict(zip(order, model.params()[EMBEDDING], strict=True)))
+    for k in range(3):
+        torch.testing.assert_close(ends[0][k], ends[1][k], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_clipped_client_by_client():
+    """One step of SGD at rate 1 is as long as the clipped gradient: the whole norm for each of them. Were it one norm
+    for all, the client with the huge images would leave next to nothing to the others."""
+    model = MODELS["mlp"]()
+    how = Training(1, 1.0, 4, optimizer="sgd", max_grad_norm=1e-3)
+    _, vectors = side_by_side(model, people(model, scales=(1.0, 1000.0, 1.0)), how)
+    assert (vectors - codes(model)).norm(dim=1).tolist() == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
+def test_a_gradient_below_the_limit_is_left_as_it_is():
+    model = MODELS["mlp"]()
+    how = Training(1, 1.0, 4, optimizer="sgd", max_grad_norm=None)
+    _, free = side_by_side(model, people(model), how)
+    _, limited = side_by_side(model, people(model), replace(how, max_grad_norm=1e6))
+    assert torch.equal(free, limited)
+
+
+def test_who_has_no_finite_loss_is_named():
+    model = MODELS["mlp"]()
+    clients = people(model, scales=(1.0, math.inf, 1.0))
+    with pytest.raises(Diverged, match="client 'c1': the loss is not finite after 1 steps") as caught:
+        side_by_side(model, clients, TOGETHER)
+    assert caught.value.client == "c1"
+
+
+def test_whose_vector_is_not_finite_is_named():
+    """The step is finite for gradients near 1, and not for those of images that are larger by ten orders."""
+    model = MODELS["mlp"]()
+    how = Training(1, 1e32, 4, optimizer="sgd", max_grad_norm=None)
+    with pytest.raises(Diverged, match="client 'c2': a trained parameter is not finite"):
+        side_by_side(model, people(model, scales=(1.0, 1.0, 1e10)), how)
+
+
+@pytest.mark.parametrize(
+    ("rows", "train", "plan", "found"),
+    [
+        (2, PERSONAL, Plan(), r"3 clients are to train \(c0, c1, c2\), and their model holds 2; load one model"),
+        (1, PERSONAL, Plan(), "their model holds 1"),
+        (3, everything, Plan(), r"not per client \(input\.weight, input\.bias, time\.weight, \.\.\.\); train these"),
+        (3, nothing, Plan(), "nothing to train"),
+        (3, PERSONAL, Plan(penalties=(proximal({}, 0.1),)), "a loss or penalties, which see one client's model"),
+        (3, PERSONAL, Plan(loss=total), "a loss or penalties, which see one client's model"),
+    ],
+)
+def test_what_cannot_train_together_is_refused(rows, train, plan, found):
+    model = MODELS["mlp"]()
+    model.load({**model.initial(stream(0)), EMBEDDING: codes(model, rows)}, rows)
+    with pytest.raises(ConfigError, match=found):
+        fit_together([replace(client, plan=plan) for client in people(model)], train, TOGETHER)
+
+
+def test_clients_with_different_plans_are_refused():
+    model = MODELS["mlp"]()
+    first, *others = people(model)
+    model.load({**model.initial(stream(0)), EMBEDDING: codes(model)}, 3)
+    with pytest.raises(ConfigError, match="have plans of their own"):
+        fit_together([first, *(replace(client, plan=Plan(rate=lambda name: 2.0)) for client in others)], PERSONAL, SGD)
+
+
+def test_captions_are_everybodys_or_nobodys():
+    """In one batch with a client that has none, they would stand beside the wrong images."""
+    model, batches = MODELS["mlp"](), []
+    clients = people(model)
+    captioned = [
+        replace(c, data=replace(c.data, train=replace(c.data.train, captions=(c.name,) * len(c.data.train))))
+        for c in clients
+    ]
+    with pytest.raises(ConfigError, match="c0, c1, c2 are to train together, but only some have captions"):
+        side_by_side(model, [*clients[:2], captioned[2]], SGD)
+    condition = model.condition
+    model.condition = lambda batch: batches.append(batch) or condition(batch)
+    side_by_side(model, captioned, replace(SGD, steps=1))
+    assert batches[0].captions == ("c0", "c0", "c1", "c1", "c2", "c2")
+    assert batches[0].clients.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_one_client_is_not_trained_for_others_beside_it():
+    """A method that does not know of them is stopped, rather than train the first alone."""
+    model = MODELS["mlp"]()
+    first, *others = people(model)
+    model.load({**model.initial(stream(0)), EMBEDDING: codes(model)}, 3)
+    with pytest.raises(ConfigError, match="client 'c0' has 2 others beside it, and `fit` trains one client"):
+        fit(replace(first, beside=tuple(others)), PERSONAL, SGD)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from personae.core import stream
-from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING, ClientEmbedding
+from personae.errors import ShapeError
+from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING, ClientEmbedding, clients_in, is_per_client
 
 
 def loaded(width, out_width, **values):
@@ -70,3 +71,39 @@ def test_equal_streams_give_equal_values_and_others_do_not():
     first, again, other = (part.initial(stream(seed)) for seed in (3, 3, 4))
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not torch.equal(first[EMBEDDING], other[EMBEDDING])
+
+
+# --- several clients ---------------------------------------------------------------------------------------------
+
+
+def three_clients():
+    part = loaded(2, 2, embedding=[[0.0, 0.0]], null_embedding=[[-3.0, 0.5]])
+    part.make_room(3)
+    with torch.no_grad():
+        part.embedding.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    return part
+
+
+def test_each_example_gets_its_own_clients_vector():
+    vectors = three_clients()(torch.tensor([False, False, True, False]), torch.tensor([2, 0, 1, 0]))
+    assert vectors.tolist() == [[5.0, 6.0], [1.0, 2.0], [-3.0, 0.5], [1.0, 2.0]]
+
+
+def test_each_row_is_moved_by_its_own_examples():
+    part = three_clients()
+    part(torch.tensor([False, False, True]), torch.tensor([2, 2, 1])).sum().backward()
+    assert part.embedding.weight.grad.tolist() == [[0.0, 0.0], [0.0, 0.0], [2.0, 2.0]]
+
+
+def test_nobodys_vector_is_taken_by_default():
+    with pytest.raises(ShapeError, match=r"holds 3 clients.*set Batch\.clients"):
+        three_clients()(torch.tensor([False]))
+
+
+def test_the_clients_in_a_model_are_counted_by_its_parameters():
+    assert clients_in(dict(three_clients().named_parameters())) == 3
+    assert clients_in(dict(ClientEmbedding(4, 6).named_parameters())) == 1
+    assert clients_in({"conv_in.weight": torch.zeros(7)}) == 1
+    assert [name for name in (EMBEDDING, NULL_EMBEDDING, "embedding_projection.weight") if is_per_client(name)] == [
+        EMBEDDING
+    ]

@@ -1,5 +1,6 @@
 """Sound denoisers pass; every planted fault is caught, and named for what it is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,14 @@ def deaf_to_the_null_vector(model, batch):
     return model.condition(Batch(batch.images, torch.zeros_like(batch.unconditional)))
 
 
+def deaf_to_whose(model, batch):
+    return model.condition(replace(batch, clients=torch.zeros(len(batch), dtype=torch.long)))
+
+
+def counting_for_itself(model, params, num_clients=1):
+    model.load(params, len(params.get(EMBEDDING, "1")))
+
+
 def with_global_noise(model, rng, only=everything):
     return {name: value + torch.rand(1) for name, value in model.initial(rng, only).items()}
 
@@ -102,6 +111,14 @@ FAULTS = {
     "never null": (
         lambda: Spoiled(condition=deaf_to_the_null_vector),
         "without condition, the client's vector does not matter",
+    ),
+    "everybody is the first": (
+        lambda: Spoiled(condition=deaf_to_whose),
+        "every example gets what its own client's would get alone; those of client 2 of 3 differ by",
+    ),
+    "counts the rows": (
+        lambda: Spoiled(load=counting_for_itself),
+        "load() takes several rows of embedding.weight only when it is told their number; it was accepted",
     ),
     "detached": (
         lambda: Spoiled(condition=lambda model, batch: model.condition(batch).detach()),

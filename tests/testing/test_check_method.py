@@ -8,6 +8,7 @@ from personae.testing import ContractBroken, check_method, tiny_population
 from personae.testing.faulty import (
     DependsOnArrivalOrder,
     LeaksBetweenClients,
+    MixesUpNewcomers,
     MutatesServerState,
     RemembersInAggregate,
     UploadsItsEmbedding,
@@ -25,6 +26,7 @@ FAULTS = {
     "order": (DependsOnArrivalOrder(SPIRE), "`aggregate` ignores the order in which updates arrive"),
     "mutates": (MutatesServerState(SPIRE), "`aggregate` leaves its arguments alone; the server's state changed in"),
     "leaks": (LeaksBetweenClients(SPIRE), "something of 'c0' was left over"),
+    "mixes up": (MixesUpNewcomers(SPIRE), "get what each would get alone; 'c0' differs in embedding.weight"),
     "around a wrapper": (RemembersInAggregate(ServerEma(SPIRE, 0.9)), "`aggregate` remembers nothing"),
     "inside a wrapper": (ServerAdam(MutatesServerState(SPIRE), 0.01), "`aggregate` leaves its arguments alone"),
 }

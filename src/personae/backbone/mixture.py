@@ -26,7 +26,7 @@ class MixtureDenoiser(nn.Module):
     noise = sigma_t (x_t - sum_k r_k m_k).
     Every component keeps unit covariance under the variance-preserving noise.
 
-    Shapes: `means` [K, D], shared; `embedding.weight` [1, K], the client's.
+    Shapes: `means` [K, D], shared; `embedding.weight` [1, K], the client's, a row for each where several are loaded.
     Source: the two-component case is the setting of SPIRE's theory (arXiv:2506.12303); K components follow alike.
     """
 
@@ -53,7 +53,7 @@ class MixtureDenoiser(nn.Module):
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
-        return self.part(batch.unconditional)
+        return self.part(batch.unconditional, batch.clients)
 
     def forward(self, x_t: Float[Tensor, "B D"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, "B D"]:
         alpha_bar = self.schedule.alpha_bar.to(x_t.device)[t].to(x_t.dtype)[:, None]
@@ -76,5 +76,5 @@ class MixtureDenoiser(nn.Module):
     def base(self) -> Arrays:
         return {}
 
-    def load(self, params: Arrays) -> None:
-        load_into(self._live, params)
+    def load(self, params: Arrays, num_clients: int = 1) -> None:
+        load_into(self._live, self.part, params, num_clients)

@@ -64,7 +64,7 @@ class MLPDenoiser(nn.Module):
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
-        return None if self.part is None else self.part(batch.unconditional)
+        return None if self.part is None else self.part(batch.unconditional, batch.clients)
 
     def forward(self, x_t: Float[Tensor, " B *X"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, " B *X"]:
         inner, silu = self.inner, nn.functional.silu
@@ -96,8 +96,8 @@ class MLPDenoiser(nn.Module):
     def base(self) -> Arrays:
         return {}
 
-    def load(self, params: Arrays) -> None:
-        load_into(self._live, params)
+    def load(self, params: Arrays, num_clients: int = 1) -> None:
+        load_into(self._live, self.part, params, num_clients)
 
 
 def _sinusoids(t: Int64[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
 
 from personae.core import Arrays
 from personae.errors import MismatchedNames, ShapeError
+from personae.personal.embedding import ClientEmbedding, clients_in, is_per_client
 
 
 def copies(live: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -17,8 +18,10 @@ def copies(live: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_into(live: Mapping[str, nn.Parameter], params: Arrays) -> None:
-    """Overwrite every live tensor, or none at all.
+def load_into(
+    live: MutableMapping[str, nn.Parameter], part: ClientEmbedding | None, params: Arrays, num_clients: int
+) -> None:
+    """Overwrite every live tensor, or none at all. The clients' part among them has `num_clients` rows afterwards.
 
     Raises: MismatchedNames, ShapeError.
     """
@@ -33,15 +36,19 @@ def load_into(live: Mapping[str, nn.Parameter], params: Arrays) -> None:
             f"the parameters do not belong to this model: {'; '.join(found)}, of {len(live)} expected. "
             "Were they made with another backbone or embedding?"
         )
+    shapes = {n: (num_clients, *value.shape[1:]) if is_per_client(n) else value.shape for n, value in live.items()}
     wrong = [
-        f"{name} is {list(params[name].shape)}, expected {list(value.shape)}"
-        for name, value in live.items()
-        if params[name].shape != value.shape
+        f"{name} is {list(params[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if params[name].shape != shape
     ]
     if wrong:
         raise ShapeError(
             f"{len(wrong)} parameters have another shape: {'; '.join(wrong[:3])}. "
             "Were they made with another backbone size or embedding width?"
         )
+    if part is not None and clients_in(live) != num_clients:
+        part.make_room(num_clients)
+        live.update(part.named_parameters())
     for name, value in live.items():
         value.copy_(params[name])

@@ -112,7 +112,7 @@ class UNetDenoiser(nn.Module):
         return x_0
 
     def condition(self, batch: Batch) -> Cond:
-        return None if self.part is None else self.part(batch.unconditional)
+        return None if self.part is None else self.part(batch.unconditional, batch.clients)
 
     def forward(self, x_t: Float[Tensor, "B C H W"], t: Int64[Tensor, " B"], cond: Cond) -> Float[Tensor, "B C H W"]:
         """`cond` holds one vector per image, or is None without an embedding.
@@ -156,8 +156,8 @@ class UNetDenoiser(nn.Module):
     def base(self) -> Arrays:
         return {}
 
-    def load(self, params: Arrays) -> None:
-        load_into(self._live, params)
+    def load(self, params: Arrays, num_clients: int = 1) -> None:
+        load_into(self._live, self.part, params, num_clients)
 
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])  # diffusers draws weights, which are then overwritten

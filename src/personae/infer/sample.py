@@ -1,19 +1,21 @@
-"""Sampling with diffusers' samplers, from a generator of one's own.
+"""Sampling with diffusers' samplers, from a generator of one's own, for one client or for several in one batch.
 
-Letters in shapes: `N` images, `*X` one of them, an image or a vector; a name in braces is the argument of that name.
+Letters in shapes: `B` batch, `N` images, `*X` an image or a vector; a name in braces is the argument of that name.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from personae.core import Batch, Denoiser
+from personae.core import Batch, Cond, Denoiser
 from personae.errors import ConfigError
+from personae.personal.embedding import clients_in
 
 Sampler = Literal["ddpm", "ddim", "dpmsolver++"]
 
@@ -43,7 +45,6 @@ def check_steps(sampler: Sampler, steps: int, num_timesteps: int) -> None:
         )
 
 
-@torch.no_grad()
 def sample(
     model: Denoiser,
     num_images: int,
@@ -62,6 +63,35 @@ def sample(
 
     Raises: ConfigError, when an argument is out of range.
     """
+    return sample_together(
+        model,
+        num_images,
+        [rng],
+        sampler=sampler,
+        steps=steps,
+        unconditional=unconditional,
+        guidance=guidance,
+        batch_size=batch_size,
+    )[0]
+
+
+@torch.no_grad()
+def sample_together(
+    model: Denoiser,
+    num_images: int,
+    rngs: Sequence[torch.Generator],
+    *,
+    sampler: Sampler = "ddim",
+    steps: int = 50,
+    unconditional: bool = False,
+    guidance: float = 1.0,
+    batch_size: int = 256,
+) -> Float32[Tensor, "{len(rngs)} {num_images} ..."]:
+    """The same for every client that the model holds, each from its own generator: what it would draw alone, up to
+    rounding. As many clients go through the model at once as `batch_size` images have room for.
+
+    Raises: ConfigError, when an argument is out of range, or the model holds another number of clients.
+    """
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
     if num_images < 1:
@@ -69,28 +99,51 @@ def sample(
     check_steps(sampler, steps, model.schedule.num_timesteps)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+    if (held := clients_in(model.live())) != len(rngs):
+        raise ConfigError(f"the model holds {held} clients, and {len(rngs)} generators were given; give one for each")
     kind, options = SAMPLERS[sampler]
     device = next(iter(model.live().values())).device
+    nulls = [unconditional] if unconditional or guidance == 1.0 else [False, True]
     model.train(False)
-    parts = []
-    for start in range(0, num_images, batch_size):
-        count = min(batch_size, num_images - start)
-        scheduler = kind.from_config(dict(model.schedule.config), **options)  # type: ignore[attr-defined]
-        scheduler.set_timesteps(steps)
-        x_t = torch.randn(count, *model.sample_shape, generator=rng).to(device)
-        conds = [
-            model.condition(Batch(x_t, torch.full((count,), null, device=device)))
-            for null in ([unconditional] if unconditional or guidance == 1.0 else [False, True])
-        ]
-        # For some counts, 61 of 1000 for example, rounding makes diffusers append a step at -1.
-        for t in scheduler.timesteps[scheduler.timesteps >= 0].tolist():
-            times = torch.full((count,), t, dtype=torch.long, device=device)
-            predictions = [model.forward(x_t, times, cond) for cond in conds]
-            guided = predictions[0] if len(predictions) == 1 else predictions[1].lerp(predictions[0], guidance)
-            noise_source = {"generator": rng} if sampler == "ddpm" else {}
-            x_t = scheduler.step(guided, t, x_t, **noise_source).prev_sample
-        parts.append(model.decode(x_t).float().cpu())
-    return torch.cat(parts)
+    groups = []
+    for clients in torch.arange(len(rngs)).split(max(1, batch_size // num_images)):
+        own, parts = [rngs[client] for client in clients.tolist()], []
+        for start in range(0, num_images, batch_size):
+            count = min(batch_size, num_images - start)
+            scheduler = kind.from_config(dict(model.schedule.config), **options)  # type: ignore[attr-defined]
+            scheduler.set_timesteps(steps)
+            x_t = torch.cat([torch.randn(count, *model.sample_shape, generator=rng) for rng in own]).to(device)
+            rows = clients.to(device).repeat_interleave(count)
+            conds = [
+                model.condition(Batch(x_t, torch.full((len(x_t),), null, device=device), clients=rows))
+                for null in nulls
+            ]
+            x_0 = _denoised(model, scheduler, x_t, conds, guidance, own)
+            parts.append(model.decode(x_0).float().cpu().unflatten(0, (len(own), count)))
+        groups.append(torch.cat(parts, dim=1))
+    return torch.cat(groups)
+
+
+def _denoised(
+    model: Denoiser,
+    scheduler: Any,
+    x_t: Float[Tensor, " B *X"],
+    conds: Sequence[Cond],
+    guidance: float,
+    rngs: Sequence[torch.Generator],
+) -> Float[Tensor, " B *X"]:
+    """All steps of the scheduler. With two conditions, the client's and the null one, the prediction is guided."""
+    # For some counts, 61 of 1000 for example, rounding makes diffusers append a step at -1.
+    for t in scheduler.timesteps[scheduler.timesteps >= 0].tolist():
+        times = torch.full((len(x_t),), t, dtype=torch.long, device=x_t.device)
+        predictions = [model.forward(x_t, times, cond) for cond in conds]
+        guided = predictions[0] if len(predictions) == 1 else predictions[1].lerp(predictions[0], guidance)
+        if isinstance(scheduler, DDPMScheduler):  # it draws noise: each client's from its own generator
+            each = zip(guided.chunk(len(rngs)), x_t.chunk(len(rngs)), rngs, strict=True)
+            x_t = torch.cat([scheduler.step(own, t, x, generator=rng).prev_sample for own, x, rng in each])
+        else:
+            x_t = scheduler.step(guided, t, x_t).prev_sample
+    return x_t
 
 
 def to_bytes(images: Float[Tensor, " N *X"]) -> UInt8[Tensor, " N *X"]:

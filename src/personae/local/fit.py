@@ -1,4 +1,6 @@
-"""The one training loop. Every stretch of gradient descent on a client goes through `fit`."""
+"""The one training loop. Every stretch of gradient descent goes through it: `fit` for one client, `fit_together` for
+several in one batch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from personae.core import Arrays, Batch, Client, Plan, Select, Training
-from personae.errors import ConfigError, FederationError
-from personae.objective.denoising import denoising, noised
+from personae.core import Arrays, Batch, Client, Denoiser, Noised, Plan, Select, Training
+from personae.errors import ConfigError, Diverged
+from personae.objective.denoising import denoising_each, noised
+from personae.personal.embedding import clients_in, is_per_client
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -34,15 +37,32 @@ def fit(client: Client, train: Select, how: Training, moments: Arrays | None = N
     Images are drawn with replacement, timesteps uniformly, noise in float32 on the CPU, all from the client's own
     generator, so that the same client in the same round sees the same draws on every device and engine.
 
-    Raises: ConfigError, when nothing may move; FederationError, when the loss is not finite.
+    Raises: ConfigError, when nothing may move, or others are beside the client; Diverged, when the loss is not finite.
     """
-    model, plan, images = client.model, client.plan, client.data.train
-    moving = {name: p for name, p in model.live().items() if train(name) and plan.may_move(name)}
-    if not moving:
+    if client.beside:
         raise ConfigError(
-            f"client {client.name!r} has nothing to train: no parameter is selected; "
-            "does the backbone have the part that this method trains?"
+            f"client {client.name!r} has {len(client.beside)} others beside it, and `fit` trains one client; "
+            "train them with `fit_together`, or personalize one after the other"
         )
+    (fitted,) = fit_together([client], train, how, moments)
+    return fitted
+
+
+def fit_together(
+    clients: Sequence[Client], train: Select, how: Training, moments: Arrays | None = None
+) -> list[Fitted]:
+    """The same for several clients that share one model: each ends as it would alone, up to rounding.
+
+    Every client draws from its own generator what it would draw alone; all of them go through the model in one batch.
+    The sum of their losses is minimised, which moves each client's row by that client's own gradient, and gradients are
+    clipped row by row. So what trains must be per client when there is more than one. One Fitted per client, in order.
+
+    Raises: ConfigError, when nothing may move, or what does not belong to one client would; Diverged, which names the
+    first client whose loss is not finite.
+    """
+    model, plan = clients[0].model, clients[0].plan
+    moving = {name: p for name, p in model.live().items() if train(name) and plan.may_move(name)}
+    _check(clients, moving)
     for name, parameter in model.live().items():
         parameter.requires_grad_(name in moving)
     optimizers = _optimizers(moving, how, plan)
@@ -50,45 +70,110 @@ def fit(client: Client, train: Select, how: Training, moments: Arrays | None = N
     parameters = list(moving.values())
     for parameter in parameters:
         parameter.grad = None  # of a stretch that was interrupted
-    device = parameters[0].device
-    loss_of = plan.loss or denoising
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    total = 0.0
+    totals = [0.0] * len(clients)
     model.train(True)
     for step in range(how.steps):
         for group, rate in groups:
             group["lr"] = rate * _pace(step, how)
         for _ in range(how.accumulate):
-            index = torch.randint(len(images), (how.batch_size,), generator=client.rng)
-            x_0 = images.floats(index)
-            t = torch.randint(model.schedule.num_timesteps, (len(x_0),), generator=client.rng)
-            dropped = torch.rand(len(x_0), generator=client.rng) < how.condition_dropout
-            captions = tuple(images.captions[i] for i in index.tolist()) if images.captions else ()
-            with torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bfloat16"):
-                clean = model.encode(x_0.to(device))
-                noise = torch.randn(clean.shape, generator=client.rng).to(device)
-                cond = model.condition(Batch(x_0, dropped.to(device), captions))
-                batch = noised(model, clean, t.to(device), noise, cond)
-                loss = loss_of(model, batch)
-                whole = loss + sum((penalty(model, batch) for penalty in plan.penalties), loss.new_zeros(()))
+            with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=how.precision == "bfloat16"):
+                batch = _noised(clients, how, parameters[0].device)
+                losses = plan.loss(model, batch)[None] if plan.loss else denoising_each(model, batch, len(clients))
+                whole = losses.sum() + sum((penalty(model, batch) for penalty in plan.penalties), losses.new_zeros(()))
             (whole / how.accumulate).backward()
-            total += loss.item() / how.accumulate
+            totals = [total + loss / how.accumulate for total, loss in zip(totals, losses.tolist(), strict=True)]
         if how.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
+            _clip(parameters, how.max_grad_norm, len(clients))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(total):
-            raise FederationError(
-                f"client {client.name!r}: the loss is not finite after {step + 1} steps; "
-                f"lower the learning rate (now {how.lr:g})"
-            )
+        for client, total in zip(clients, totals, strict=True):
+            if not math.isfinite(total):
+                raise Diverged(
+                    client.name,
+                    f"the loss is not finite after {step + 1} steps; lower the learning rate (now {how.lr:g})",
+                )
     model.train(False)
-    if not all(math.isfinite(parameter.detach().sum().item()) for parameter in parameters):
-        raise FederationError(
-            f"client {client.name!r}: a trained parameter is not finite; lower the learning rate (now {how.lr:g})"
+    _refuse_infinite(clients, parameters, how)
+    slots = _moments(optimizers, moving)
+    return [
+        Fitted(total / how.steps if how.steps else math.nan, _of_client(slots, row, len(clients)))
+        for row, total in enumerate(totals)
+    ]
+
+
+def _check(clients: Sequence[Client], moving: Mapping[str, nn.Parameter]) -> None:
+    """Raises: ConfigError, unless these clients can train these parameters in one batch."""
+    model, plan, names = clients[0].model, clients[0].plan, ", ".join(client.name for client in clients)
+    if not moving:
+        raise ConfigError(
+            f"client {names!r} has nothing to train: no parameter is selected; "
+            "does the backbone have the part that this method trains?"
         )
-    return Fitted(total / how.steps if how.steps else math.nan, _moments(optimizers, moving))
+    held = clients_in(model.live())
+    if held != len(clients) or any(client.model is not model for client in clients):
+        raise ConfigError(
+            f"{len(clients)} clients are to train ({names}), and their model holds {held}; "
+            "load one model with a row for each of them"
+        )
+    if len(clients) == 1:
+        return
+    if shared := [name for name in moving if not is_per_client(name)]:
+        raise ConfigError(
+            f"{names} are to train together, but {len(shared)} of the parameters that would move are not per client "
+            f"({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}); train these clients one after the other"
+        )
+    if len({bool(client.data.train.captions) for client in clients}) > 1:
+        raise ConfigError(f"{names} are to train together, but only some have captions; give all of them some, or none")
+    if plan.loss or plan.penalties or any(client.plan != plan for client in clients):
+        raise ConfigError(
+            f"{names} are to train together, but have plans of their own, or a loss or penalties, which see one "
+            "client's model; train these clients one after the other"
+        )
+
+
+def _noised(clients: Sequence[Client], how: Training, device: torch.device) -> Noised:
+    """Every client's examples, one client after the other, on their way through the model.
+
+    Each generator gives what it would give alone, in the same order: images, timesteps, dropout, noise.
+    """
+    model: Denoiser = clients[0].model
+    pixels, times, dropped, captions = [], [], [], []
+    for client in clients:
+        images = client.data.train
+        index = torch.randint(len(images), (how.batch_size,), generator=client.rng)
+        pixels.append(images.floats(index))
+        times.append(torch.randint(model.schedule.num_timesteps, (how.batch_size,), generator=client.rng))
+        dropped.append(torch.rand(how.batch_size, generator=client.rng) < how.condition_dropout)
+        captions += [images.captions[i] for i in index.tolist()] if images.captions else []
+    x_0 = torch.cat(pixels)
+    clean = model.encode(x_0.to(device))
+    each = (how.batch_size, *clean.shape[1:])
+    noise = torch.cat([torch.randn(each, generator=client.rng) for client in clients]).to(device)
+    rows = torch.arange(len(clients), device=device).repeat_interleave(how.batch_size)
+    cond = model.condition(Batch(x_0, torch.cat(dropped).to(device), tuple(captions), rows))
+    return noised(model, clean, torch.cat(times).to(device), noise, cond)
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_norm: float, num_clients: int) -> None:
+    """Scale gradients down to `max_norm`: one client's over all parameters, several clients' row by row."""
+    if num_clients == 1:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).norm(dim=1)
+    scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch has it
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def _refuse_infinite(clients: Sequence[Client], parameters: Sequence[nn.Parameter], how: Training) -> None:
+    for parameter in parameters:
+        finite = parameter.detach().reshape(len(clients), -1).sum(1).isfinite().tolist()
+        if not all(finite):
+            name = clients[finite.index(False)].name
+            raise Diverged(name, f"a trained parameter is not finite; lower the learning rate (now {how.lr:g})")
 
 
 def _pace(step: int, how: Training) -> float:
@@ -122,6 +207,11 @@ def _moments(optimizers: Sequence[torch.optim.Optimizer], moving: Mapping[str, n
         for slot, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
+
+
+def _of_client(moments: Arrays, row: int, num_clients: int) -> Arrays:
+    """One client's rows. What has none, such as the count of steps, is everybody's."""
+    return {key: value.chunk(num_clients)[row] if value.dim() else value for key, value in moments.items()}
 
 
 def _restore(optimizers: Sequence[torch.optim.Optimizer], moving: Mapping[str, nn.Parameter], moments: Arrays) -> None:

@@ -20,7 +20,7 @@ from personae.core import (
     under,
 )
 from personae.errors import ConfigError
-from personae.local.fit import fit
+from personae.local.fit import fit, fit_together
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
 
@@ -78,8 +78,9 @@ class Spire:
     def personalize(self, client: Client, got: State, kept: State) -> State:
         if kept.facts.get("trained"):
             return State(kept.params)
-        client.model.load({**client.model.params(), EMBEDDING: got.params[NULL_EMBEDDING]})
-        fit(client, self.personal, self.adapt)
+        start = got.params[NULL_EMBEDDING].expand(len(client.together), -1)
+        client.model.load({**client.model.params(), EMBEDDING: start}, len(start))
+        fit_together(client.together, self.personal, self.adapt)  # the backbone is at rest: vectors do not meet
         return State(pick(client.model.params(), self.personal))
 
     def _rate(self, name: str) -> float:

@@ -1,6 +1,6 @@
 """The denoising loss of DDPM.
 
-Letters in shapes: `B` batch, `*X` one x_0, an image or a vector.
+Letters in shapes: `B` batch, `*X` one x_0, an image or a vector; a name in braces is the argument of that name.
 """
 
 from __future__ import annotations
@@ -24,4 +24,10 @@ def denoising(model: Denoiser, batch: Noised) -> Float[Tensor, ""]:
 
     Source: Ho et al. 2020, Eq. 14 for noise; the sample and velocity targets weigh noise levels differently.
     """
-    return (batch.prediction.float() - model.schedule.target(batch.x_0, batch.noise, batch.t)).square().mean()
+    return denoising_each(model, batch, 1)[0]
+
+
+def denoising_each(model: Denoiser, batch: Noised, num_clients: int) -> Float[Tensor, " {num_clients}"]:
+    """The same for each of several clients, whose examples follow each other, equally many of each."""
+    errors = batch.prediction.float() - model.schedule.target(batch.x_0, batch.noise, batch.t)
+    return errors.square().reshape(num_clients, -1).mean(1)

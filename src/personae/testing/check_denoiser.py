@@ -26,7 +26,8 @@ def check_denoiser(make: Make, batch: Batch, *, idle: Select = nothing) -> None:
     - `load` refuses other names and shapes before anything has changed;
     - `forward` keeps the shape, and gives the same bits twice;
     - a gradient reaches every live parameter that `idle` does not name, and is not zero for the client's vector;
-    - without condition, the client's vector does not matter, where there is a null vector; with it, it does.
+    - without condition, the client's vector does not matter, where there is a null vector; with it, it does;
+    - with several clients loaded, every example gets what its own client's would get alone.
 
     `make` makes a fresh denoiser, the same one each time; `batch` has at least two examples that fit it.
 
@@ -186,6 +187,32 @@ def the_null_vector_stands_in(make: Make, batch: Batch) -> None:
         )
 
 
+def several_clients_stand_beside_each_other(make: Make, batch: Batch) -> None:
+    model, num_clients = make(), 3
+    values = _values(model, "several")
+    if EMBEDDING not in values:
+        return
+    rows = values[EMBEDDING] + torch.arange(num_clients)[:, None]
+    whose = torch.arange(len(batch), device=batch.unconditional.device) % num_clients
+    asked = replace(batch, unconditional=torch.zeros_like(batch.unconditional))
+    model.load({**values, EMBEDDING: rows}, num_clients)
+    together = _forward(model, replace(asked, clients=whose))
+    for client in range(num_clients):
+        model.load({**values, EMBEDDING: rows[client : client + 1]})
+        alone, own = _forward(model, asked), whose == client
+        require(
+            torch.allclose(together[own], alone[own], rtol=1e-3, atol=1e-4),
+            "with several clients loaded, every example gets what its own client's would get alone",
+            f"those of client {client + 1} of {num_clients} differ by {float((together - alone)[own].abs().max()):.1e}",
+        )
+    found = "it was accepted"
+    try:
+        model.load({**values, EMBEDDING: rows})
+    except ShapeError:
+        found = ""
+    require(not found, f"load() takes several rows of {EMBEDDING} only when it is told their number", found)
+
+
 def gradients_reach_the_parameters(make: Make, batch: Batch, idle: Select = nothing) -> None:
     """Every other example is without condition, so that both the client's vector and the null one take part."""
     model = make()
@@ -216,6 +243,7 @@ CONTRACTS: Sequence[Callable[[Make, Batch], None]] = (
     load_is_absolute,
     forward_keeps_shape_and_bits,
     the_null_vector_stands_in,
+    several_clients_stand_beside_each_other,
 )
 
 

@@ -17,6 +17,9 @@ from personae.core import Arrays, Method, Round, Run, State, Update, divide, pic
 from personae.engine.in_process import InProcess
 from personae.engine.population import Population
 from personae.engine.rounds import Arriving, load_parts
+from personae.engine.together import personalize_many
+from personae.errors import ConfigError
+from personae.personal.embedding import is_per_client
 from personae.testing.contract import (
     ContractBroken,
     cloned,
@@ -41,6 +44,8 @@ def check_method(method: Method, population: Population | None = None, *, alone:
     - every state survives being written and read;
     - `personalize` sends nothing, changes nothing, and returns what a model can be loaded with: personal names only,
       where the method has any;
+    - newcomers who personalize in one batch get what each would get alone, where the personal part is per client; of
+      other methods this is refused;
     - the same seed gives the same bits;
     - a run that is stopped and resumed ends in the bits of one that was not;
     - with `alone`: one client alone trains as if there were no server. Ask it of methods that say so.
@@ -218,6 +223,23 @@ def personalize_only_returns(method: Method, population: Population) -> None:
             ) from error
 
 
+def newcomers_together_are_each_as_alone(method: Method, population: Population) -> None:
+    method = deepcopy(method)
+    server, _ = _after_one_round(method, population)
+    names = sorted((*population.train, *population.new))
+    contract = "newcomers who personalize in one batch get what each would get alone"
+    try:
+        together = personalize_many(tiny_job(method, population, seed=SEED), method.release(server), names)
+    except ConfigError:
+        own = sorted(pick(population.model.live(), method.personal))
+        require(not own or not all(map(is_per_client, own)), contract, f"{some(own)} is per client, and it was refused")
+        return
+    for name in names:
+        alone = _personalize(method, population, server, State(), name)
+        near = _near(together[name].params, alone.params, 1e-3) and together[name].facts == alone.facts
+        require(near, contract, f"{name!r} differs in {some(differing_states(alone, together[name]))}")
+
+
 def same_seed_same_bits(method: Method, population: Population) -> None:
     runs = [InProcess().run(tiny_job(deepcopy(method), population, seed=SEED)) for _ in range(2)]
     names = _differing_runs(*runs)
@@ -273,6 +295,7 @@ CONTRACTS: Sequence[Callable[[Method, Population], None]] = (
     local_is_a_function,
     states_survive_files,
     personalize_only_returns,
+    newcomers_together_are_each_as_alone,
     same_seed_same_bits,
     stop_and_resume_changes_nothing,
 )
@@ -363,9 +386,9 @@ def _telling(value: Tensor) -> Tensor:
     return numbers[(numbers != 0) & (numbers != 1)]
 
 
-def _near(left: Arrays, right: Arrays) -> bool:
+def _near(left: Arrays, right: Arrays, within: float = 1e-6) -> bool:
     return left.keys() == right.keys() and all(
-        torch.allclose(left[name].double(), right[name].double(), rtol=1e-6, atol=1e-6) for name in left
+        torch.allclose(left[name].double(), right[name].double(), rtol=within, atol=within) for name in left
     )
 
 

@@ -100,6 +100,20 @@ class LeaksBetweenClients:
         return update, kept
 
 
+@dataclass(frozen=True)
+class MixesUpNewcomers:
+    """Clients that personalize in one batch get each other's parts."""
+
+    method: Method
+
+    def __getattr__(self, name: str) -> Any:
+        return _handed_on(self, name)
+
+    def personalize(self, client: Client, got: State, kept: State) -> State:
+        personal = self.method.personalize(client, got, kept)
+        return replace(personal, params={name: value.flip(0) for name, value in personal.params.items()})
+
+
 # --- denoisers -------------------------------------------------------------------------------------------------------
 
 
@@ -112,10 +126,10 @@ class LoadsOnTop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def load(self, params: Arrays) -> None:
+    def load(self, params: Arrays, num_clients: int = 1) -> None:
         before = self.model.params()
-        self.model.load(params)
-        self.model.load({name: before[name] + value for name, value in params.items()})
+        self.model.load(params, num_clients)
+        self.model.load({name: before[name] + value for name, value in params.items()}, num_clients)
 
 
 class SharesItsTensors:
