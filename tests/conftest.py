@@ -16,6 +16,8 @@ CHECKED = (
     "objective",
     "infer",
     "evaluate",
+    "theory",
+    "study",
 )
 """Rooms and files whose annotations say shapes. Here every call in them is checked against these."""
 

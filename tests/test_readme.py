@@ -54,7 +54,7 @@ def test_the_commands_run_as_they_stand(tmp_path, photos, tiny, monkeypatch, com
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     spoken = [words for words in commands() if "flower" not in words]  # its processes take a minute: tests/slow
     assert [words[0] for words in spoken] == [
-        "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor", "run", "deploy",
+        "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor", "run", "deploy", "bench",
     ]  # fmt: skip
     for words in spoken:
         chosen = [o for o in tiny if words[1:2] == ["quickstart"] or ("partition" not in o and "cohort" not in o)]
@@ -92,4 +92,5 @@ def test_the_commands_it_names_exist():
     from personae.cli.app import app
 
     names = {found.name or found.callback.__name__ for found in app.registered_commands}
+    names |= {group.name for group in app.registered_groups}
     assert {words[0] for words in commands()} <= names

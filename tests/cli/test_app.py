@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,22 @@ def test_personalize_and_sample_as_json(command, copy_of, tiny_run, photos):
     assert found == {"client": "anna", "num_images": 1, "folder": str(folder / "samples/anna-3")}
 
 
+def test_every_sub_folder_is_a_new_client(command, copy_of, tiny_run, photos):
+    folder = copy_of(tiny_run)
+    shutil.copytree(photos, photos.parent / "ben")
+    code, out, error = command("personalize", folder, "--data", photos.parent, "--each")
+    assert (code, error) == (0, "")
+    lines = out.splitlines()
+    assert [line.partition(", held-out loss ")[0] for line in lines[:2]] == [
+        "anna: 128 numbers trained, 5 images",
+        "ben: 128 numbers trained, 5 images",
+    ]
+    assert lines[2:] == [f"wrote 2 files to {folder}/clients; nothing was sent"]
+    found = json.loads(command("personalize", folder, "--data", photos.parent, "--each", "--at-once", 1, "--json")[1])
+    assert found["clients"].keys() == {"anna", "ben"}
+    assert found["folder"] == str(folder / "clients")
+
+
 def test_inspect_a_file_and_a_run(command, tiny_run):
     path = tiny_run.folder / "clients" / "c4.safetensors"
     code, out, _ = command("inspect", path)
@@ -198,6 +215,9 @@ def test_doctor_says_what_is_there(command, monkeypatch):
         (["personalize", "RUN", "--data", "HERE", "--name", "../x"], 2, "cannot be a client's name"),
         (["personalize", "RUN", "--data", "HERE", "--name", "anna"], 3, "no image that can be read"),
         (["personalize", "RUN", "--data", "HERE/no", "--name", "anna"], 3, "is no folder"),
+        (["personalize", "RUN", "--data", "HERE"], 2, "Say --name NAME, or --each for"),
+        (["personalize", "RUN", "--data", "HERE", "--name", "anna", "--each"], 2, "leave out --name"),
+        (["personalize", "RUN", "--data", "HERE", "--each"], 3, "holds no folder; --each expects one folder of images"),
         (["resume", "HERE"], 5, "is not a run"),
         (["evaluate", "HERE"], 5, "is not a run"),
         (["report", "HERE"], 5, "is not a run"),

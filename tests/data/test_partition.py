@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from personae.core import Images, stream
-from personae.data import by_attribute, by_label, dirichlet, iid, split
+from personae.data import by_attribute, by_label, dirichlet, iid, split, unseen
+from personae.data.partition import KINDS
 from personae.errors import ConfigError, DataError
 
 LABELS = torch.arange(200) % 5
@@ -149,3 +150,51 @@ def test_split_of_too_few(n):
 def test_split_of_a_bad_share(share):
     with pytest.raises(ConfigError, match="heldout is"):
         split(numbered(5), share, stream(0))
+
+
+MANY = torch.arange(2000) % 10
+
+
+def test_unseen_has_three_kinds_of_new_clients():
+    for seed in range(10):
+        parts = unseen(MANY, 26, 8, stream(seed), images_per_client=40, images_per_new=60, classes_per_client=1)
+        counts = torch.stack([MANY[part].bincount(minlength=10) for part in parts])
+        train, new = counts[:18], counts[18:]
+        assert (train[:, 9] == 0).all() and (train.sum(1) == 40).all() and ((train > 0).sum(1) == 1).all()
+        assert (train[:, :9] > 0).sum(0).tolist() == [2] * 9
+        trained = {tuple((row > 0).tolist()) for row in train}
+        for number, row in enumerate(new):
+            assert row.sum() == 60
+            kind = KINDS[number % 3]
+            if kind == "seen":
+                assert tuple((row > 0).tolist()) in trained
+            elif kind == "mixed":
+                assert row.sort().values.tolist() == [0] * 8 + [30, 30] and row[9] == 0
+            else:
+                assert row[9] == 60
+        assert len(torch.cat(parts).unique()) == 18 * 40 + 8 * 60
+
+
+def test_unseen_by_shares_from_a_dirichlet_distribution():
+    parts = unseen(MANY, 26, 8, stream(0), images_per_client=40, images_per_new=60, alpha=0.3)
+    counts = torch.stack([MANY[part].bincount(minlength=10) for part in parts]).double()
+    assert counts.sum(1).tolist() == [40] * 18 + [60] * 8 and (counts[:18, 9] == 0).all()
+    seen = counts[18] / 60
+    assert (counts[:18] / 40 - seen).abs().sum(1).min() < 0.2, "the first new client has the mix of one that trains"
+    assert (counts[:18] / 40 - counts[19] / 60).abs().sum(1).min() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"classes_per_client": 1, "alpha": 0.3}, "exactly one"),
+        ({}, "exactly one"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"classes_per_client": 10}, "expected 1 to 9"),
+        ({"classes_per_client": 1, "images_per_new": 300}, "class .* has 200 images"),
+        ({"classes_per_client": 1, "images_per_client": 1}, "at least 2 images"),
+    ],
+)
+def test_unseen_says_what_is_wrong(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        unseen(MANY, 26, 8, stream(0), **{"images_per_client": 40, "images_per_new": 60, **changes})

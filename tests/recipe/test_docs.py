@@ -13,6 +13,7 @@ from personae.core import Method, Training
 from personae.methods import METHODS
 from personae.recipe.config import TITLE, WRAPPERS
 from personae.recipe.schema import Recipe
+from personae.study.config import StudyMachine, StudyRecipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -43,6 +44,8 @@ KINDS = {
     **METHODS,
     **{f"[wrap.{name}]": kind for name, kind in WRAPPERS.items()},
     "[method.training], [method.adapt], [method.tail]": Training,
+    "Studies": StudyRecipe,
+    "[machine] of a study": StudyMachine,
 }
 
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image
 
 import personae
 from personae.artefact.save import digest, load_state, read_metadata, save_state
+from personae.core import Training
 from personae.errors import ArtefactError, ConfigError, DataError
+from personae.methods import FedAvgFT
 from personae.recipe import workflow
 from personae.recipe.config import load_recipe, parse
 
@@ -280,6 +283,110 @@ def test_a_folder_without_images_is_refused(tiny_run, tmp_path):
     with pytest.raises(DataError, match="is no folder"):
         tiny_run.personalize("anna", tmp_path / "nowhere")
     assert "anna" not in tiny_run.clients
+
+
+# --- several new clients -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def people(photos):
+    """Three more folders of pictures beside anna's, of 6, 4 and 2."""
+    rng = np.random.default_rng(9)
+    for name, count in (("ben", 4), ("cleo", 2)):
+        (photos.parent / name).mkdir()
+        for number in range(count):
+            picture = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+            picture.save(photos.parent / name / f"{number}.png")
+    return {name: photos.parent / name for name in ("anna", "ben", "cleo")}
+
+
+def vector(run, name):
+    return load_state(run.folder / "clients" / f"{name}.safetensors").params["embedding.weight"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 16])
+def test_several_new_clients_have_what_each_would_have_alone(tiny_run, copy_of, people, at_once):
+    one, many = (personae.open_run(copy_of(tiny_run, name)) for name in ("one", "many"))
+    before = contents(many.folder)
+    alone = {name: one.personalize(name, folder) for name, folder in people.items()}
+    together = many.personalize_many(people, at_once=at_once)
+    assert list(together) == ["anna", "ben", "cleo"]
+    assert contents(one.folder).keys() == contents(many.folder).keys()
+    for name in people:
+        torch.testing.assert_close(vector(many, name), vector(one, name), atol=1e-4, rtol=1e-4)
+        assert together[name].keys() == alone[name].keys()
+        assert together[name]["num_images"] == alone[name]["num_images"]
+        assert together[name]["heldout_loss"] == pytest.approx(alone[name]["heldout_loss"], rel=1e-4)
+    assert json.loads((many.folder / "added.json").read_text("utf-8"))["ben"] == {
+        "data": str(people["ben"]), "figures": together["ben"],
+    }  # fmt: skip
+    after = contents(many.folder)
+    assert {name for name in before if after[name] != before[name]} == set()
+    assert many.evaluate()["clients"]["cleo"]["role"] == "new"
+
+
+def test_a_call_that_was_stopped_is_made_again(tiny_run, copy_of, people, monkeypatch):
+    run, whole = (personae.open_run(copy_of(tiny_run, name)) for name in ("stopped", "whole"))
+    expected = whole.personalize_many(people, at_once=2)
+    measure, trained = type(run).measure_client, []
+
+    def stop(self, name, *given):
+        if name == "ben":
+            raise KeyboardInterrupt
+        return measure(self, name, *given)
+
+    monkeypatch.setattr(type(run), "measure_client", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.personalize_many({n: people[n] for n in ("anna", "ben")}, at_once=2)
+    monkeypatch.setattr(type(run), "measure_client", measure)
+    adapt = workflow.personalize_many
+    monkeypatch.setattr(
+        workflow, "personalize_many", lambda job, got, names: trained.extend(names) or adapt(job, got, names)
+    )
+    again = personae.open_run(run.folder)
+    assert again.personalize_many(people, at_once=2) == expected
+    assert trained == ["cleo"], "who was trained before stays as it is"
+    assert again.personalize_many(people, at_once=2) == expected
+    assert trained == ["cleo"]
+
+
+def test_all_names_are_checked_before_anybody_is_trained(tiny_run, people):
+    wrong = {**people, "c1": people["anna"], "../x": people["ben"]}
+    with pytest.raises(ConfigError, match=r"client 'c1' exists in .*; '\.\./x' cannot be a client's name"):
+        tiny_run.personalize_many(wrong)
+    with pytest.raises(ConfigError, match="0 clients at once were asked for"):
+        tiny_run.personalize_many(people, at_once=0)
+    with pytest.raises(DataError, match="is no folder"):
+        tiny_run.personalize_many({**people, "dora": people["anna"].parent / "nowhere"})
+    assert tiny_run.clients == ["c0", "c1", "c2", "c3", "c4"]
+
+
+def test_a_name_from_another_folder_is_taken(tiny_run, copy_of, people):
+    run = personae.open_run(copy_of(tiny_run))
+    run.personalize("anna", people["anna"])
+    with pytest.raises(ConfigError, match="client 'anna' exists"):
+        run.personalize_many({"anna": people["ben"]})
+
+
+def test_a_method_without_an_embedding_is_refused_together(tiny_run, copy_of, people):
+    run = personae.open_run(copy_of(tiny_run))
+    run.recipe = replace(run.recipe, method=FedAvgFT(Training(1, 0.1, 2), Training(1, 0.1, 2)))
+    for call in (lambda: run.personalize_many(people), lambda: run.sample_many(["c0", "c1"])):
+        with pytest.raises(ConfigError, match=r"FedAvgFT gives every client .*: the whole model"):
+            call()
+    assert run.clients == ["c0", "c1", "c2", "c3", "c4"]
+
+
+def test_several_clients_draw_what_each_would_draw_alone(tiny_run):
+    """To the byte, but for those that rounding tips over."""
+    together = tiny_run.sample_many(["c4", "c0", "c2"], 3, seed=1)
+    assert list(together) == ["c4", "c0", "c2"]
+    for name, drawn in together.items():
+        assert drawn.shape == (3, 1, 8, 8) and drawn.dtype == torch.uint8
+        assert (drawn.int() - tiny_run.sample(name, 3, seed=1).int()).abs().max() <= 1
+    assert tiny_run.sample_many([]) == {}
+    with pytest.raises(ConfigError, match="there is no client 'c9'"):
+        tiny_run.sample_many(["c0", "c9"])
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------

@@ -1,21 +1,24 @@
 """Every shipped recipe runs: two rounds on little data, through the command line."""
 
 import json
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from PIL import Image
 
 from personae.data.sources import FASHION_ROOT
-from personae.recipe.config import load_recipe, recipe_folders
+from personae.recipe.config import STUDY, load_recipe, read_table, recipe_folders
 
 SHIPPED = {
     str(path.relative_to(folder).with_suffix("")): path
     for folder in recipe_folders()
     for path in sorted(folder.rglob("*.toml"))
 }
+STUDIES = [name for name, path in SHIPPED.items() if STUDY in tomllib.loads(path.read_text("utf-8"))]
 FEWER_IMAGES = {"faces": "data.num_images=120"}
 
 pytestmark = pytest.mark.slow
@@ -40,7 +43,7 @@ def clients(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "photos" / client / f"{number}.png")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in STUDIES])
 def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
     recipe = load_recipe(name)
     if lacking := missing(recipe.data.source):
@@ -65,6 +68,73 @@ def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
             assert client["bytes_up"] == 0
 
 
+LITTLE_RUN = (
+    *("rounds=2", "sampling.steps=2", "evaluation.num_images=8", "evaluation.loss_grid=2", "evaluation.loss_draws=1"),
+    *("evaluation.kid_subsets=2", "method.adapt.steps=2"),
+)
+LITTLE = {
+    "adaptation": {"seeds": [0], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},
+    "embeddings": {"seeds": [0], "steps": 2, "start_steps": [0], "num_mixes": 3, "num_walks": 1, "num_drawn": 8},
+    "components": {
+        "cases": [{"components": 3, "width": 4, "separation": 1.0, "equal": False, "images": 20}],
+        "widths": [4, 9],
+        "images": [20, 40],
+        "repeats": 10,
+        "trained": 3,
+        "steps": 20,
+    },
+    "imperfect_backbone": {
+        "seeds": [0],
+        "rounds": [1],
+        "images": [20],
+        "federations": [{"clients": 2, "images": 20}],
+        "num_new": 2,
+        "learning_steps": 10,
+        "scales": [0.6],
+        "degrees": [20.0],
+    },
+    "mixing_weight": {"images": [20, 40], "repeats": 10, "every": 500},
+    "mixture_federation": {
+        "seeds": [0],
+        "images": [10],
+        "rates": [0.03],
+        "steps": [100],
+        "num_train": 2,
+        "num_new": 2,
+        "rounds": 2,
+        "fine_tuning": {"steps": 5, "lr": 0.01, "batch_size": 8},
+    },
+    "variants": {"seeds": [0]},
+}
+"""Settings of each kind of study that leave as little as still has all of its parts."""
+
+
+def as_little_as_possible(name):
+    """The recipe's table, smaller; what it trains in between trains for two rounds."""
+    table, _ = read_table(name)
+    settings = table["settings"]
+    settings |= LITTLE[table["study"]]
+    for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ())):
+        if "changes" in part:
+            part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]
+    return {**table, "machine": {"workers": 1}}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_little_of_a_study(name, command, tmp_path):
+    recipe = tmp_path / "little.toml"
+    recipe.write_text(tomli_w.dumps(as_little_as_possible(name)), "utf-8")
+
+    code, out, error = command("run", recipe, "--out", tmp_path / "study")
+
+    assert code == 0, error
+    summary = json.loads((tmp_path / "study" / "summary.json").read_text("utf-8"))
+    assert summary["measured"] == summary["cells"] > 0
+    assert summary["findings"] and all(finding in out for finding in summary["findings"])
+    assert list((tmp_path / "study" / "charts").glob("*.svg"))
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
 def test_names_of_recipes_are_told_apart():
-    names = [load_recipe(path).name for path in SHIPPED.values()]
+    names = [read_table(path)[0]["name"] for path in SHIPPED.values()]
     assert len(set(names)) == len(names)

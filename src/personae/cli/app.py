@@ -54,13 +54,22 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, personalize every client, measure, and write a report."""
+    """Train a recipe, personalize every client, measure, and write a report; or measure all that a study asks for."""
     from personae.cli.progress import Progress
-    from personae.recipe.config import load_recipe
+    from personae.recipe.config import STUDY, parse, read_table
     from personae.recipe.workflow import run as train
 
     chosen = [f"engine={engine}"] if engine is not None else []
-    loaded = load_recipe(recipe, [*(overrides or ()), *chosen])
+    table, where = read_table(recipe, [*(overrides or ()), *chosen])
+    if STUDY in table:
+        from personae.study.workflow import run_study
+
+        folder = out if out is not None else Path("runs") / str(table.get("name"))
+        with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
+            study = run_study(recipe, folder, overrides=[*(overrides or ()), *chosen], watch=watch)
+        _measured(study, as_json)
+        return
+    loaded = parse(table, where)
     folder = out if out is not None else Path("runs") / loaded.name
     with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
         saved = train(loaded, folder, watch=watch)
@@ -72,7 +81,13 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
     """Continue a run that was stopped; it ends in the same bits."""
     from personae.cli.progress import Progress
     from personae.recipe.workflow import resume as continue_run
+    from personae.study.workflow import is_study, resume_study
 
+    if is_study(run):
+        with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
+            study = resume_study(run, watch=watch)
+        _measured(study, as_json)
+        return
     with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
         saved = continue_run(run, watch=watch)
     _finished(saved, as_json)
@@ -81,14 +96,28 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
 @app.command()
 def personalize(
     run: RunArgument,
-    data: Annotated[Path, typer.Option(help="A folder of the new client's images.")],
-    name: Annotated[str, typer.Option(help="What to call the new client.")],
+    data: Annotated[Path, typer.Option(help="A folder of the new client's images; with --each, of such folders.")],
+    name: Annotated[str | None, typer.Option(help="What to call the new client.")] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Every sub-folder is a new client, called as it; they train together.")
+    ] = False,
+    at_once: Annotated[int, typer.Option(help="With --each: clients in one batch; fewer need less memory.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Add a client that nobody has seen: trains only its own part, uploads nothing."""
+    from personae.errors import ConfigError
     from personae.recipe.workflow import open_run
 
+    if (name is None) != each:
+        raise ConfigError(
+            "--each takes the names from the sub-folders; leave out --name"
+            if each
+            else "whose images are these? Say --name NAME, or --each for a folder with one sub-folder per client"
+        )
     saved = open_run(run)
+    if name is None:
+        _personalized(saved, saved.personalize_many(_folders(data), at_once=at_once), as_json)
+        return
     figures = saved.personalize(name, data)
     _print(
         as_json,
@@ -100,6 +129,27 @@ def personalize(
             f"next: personae sample {run} --client {name} -n 16",
         ],
     )
+
+
+def _folders(data: Path) -> dict[str, Path]:
+    """The sub-folders, by name."""
+    from personae.errors import DataError
+
+    found = {path.name: path for path in sorted(data.iterdir()) if path.is_dir()} if data.is_dir() else {}
+    if not found:
+        raise DataError(f"{data} holds no folder; --each expects one folder of images per new client")
+    return found
+
+
+def _personalized(saved: Any, many: dict[str, dict[str, Any]], as_json: bool) -> None:
+    folder = saved.folder / "clients"
+    lines = [
+        f"{name}: {figures['trained_parameters']:,} numbers trained, {figures['num_images']} images, "
+        f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}"
+        for name, figures in many.items()
+    ]
+    wrote = f"wrote {len(many)} files to {folder}; nothing was sent"
+    _print(as_json, {"clients": many, "folder": str(folder)}, [*lines, wrote])
 
 
 @app.command()
@@ -149,8 +199,9 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
 def report(run: RunArgument) -> None:
     """Write report.html again from what the folder holds."""
     from personae.recipe.workflow import open_run
+    from personae.study.workflow import is_study, open_study
 
-    print(f"wrote {open_run(run).report()}")
+    print(f"wrote {open_study(run).report() if is_study(run) else open_run(run).report()}")
 
 
 @app.command()
@@ -192,6 +243,30 @@ def inspect(
     _print(as_json, found, lines)
 
 
+bench = typer.Typer(help="What was measured, and what papers claim.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _benches() -> None:
+    """A group of its own, so that more tables can stand beside the first."""
+
+
+@bench.command()
+def papers(as_json: Json = False) -> None:
+    """Every claim of a paper beside the recipe that tests it, and what it measured here."""
+    from personae.study.papers import as_json as rows
+    from personae.study.papers import table
+
+    lines = table()
+    told = [
+        f"{line.verdict.upper():12} {line.claim}\n             {line.measured}{' - ' * bool(line.measured)}{line.why}\n"
+        f"             personae run {line.recipe}{line.cells}; {line.paper}"
+        for line in lines
+    ]
+    _print(as_json, {"claims": rows(lines)}, told)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check that this machine has what a run needs."""
@@ -214,6 +289,13 @@ def _finished(saved: Any, as_json: bool) -> None:
         {"run": str(saved.folder), "report": str(saved.folder / "report.html"), "summary": summary},
         [*_table(summary), f"report: {saved.folder / 'report.html'}"],
     )
+
+
+def _measured(study: Any, as_json: bool) -> None:
+    summary = study.summary
+    report = study.folder / "report.html"
+    found = {"study": str(study.folder), "report": str(report), "summary": summary}
+    _print(as_json, found, [*summary["findings"], f"report: {report}"])
 
 
 def _table(summary: dict[str, Any]) -> list[str]:

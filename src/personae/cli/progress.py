@@ -10,7 +10,7 @@ from types import TracebackType
 from personae.core import Round
 
 LOG_EVERY_SECONDS = 10.0
-STAGES = {"train": "training", "personalize": "personalizing", "evaluate": "measuring"}
+STAGES = {"train": "training", "personalize": "personalizing", "evaluate": "measuring", "measure": "measuring"}
 
 
 class Progress:
@@ -68,7 +68,8 @@ class Progress:
     def _line(self, now: Round, left: float | None) -> str:
         time_left = f"  {_clock(left)} left" if left is not None else ""
         if now.stage != "train":
-            return f"{STAGES[now.stage]:13} client {now.clients_done}/{now.clients} ({now.client}){time_left}"
+            noun = "cell" if now.stage == "measure" else "client"
+            return f"{STAGES[now.stage]:13} {noun} {now.clients_done}/{now.clients} ({now.client}){time_left}"
         refused = f" ({now.refused} left out)" if now.refused else ""
         return (
             f"{STAGES[now.stage]:13} round {now.round}/{now.rounds}  clients {now.clients_done}/{now.clients}{refused}"

@@ -107,6 +107,117 @@ def dirichlet(
     )
 
 
+def unseen(
+    labels: Int64[Tensor, " N"],
+    num_clients: int,
+    num_new: int,
+    rng: torch.Generator,
+    *,
+    images_per_client: int,
+    images_per_new: int,
+    classes_per_client: int | None = None,
+    alpha: float | None = None,
+) -> list[Int64[Tensor, " _"]]:
+    """Training clients, then `num_new` of three kinds in turn, by what their mix of classes is to those that train.
+
+    A training client has `classes_per_client` classes in equal parts, or shares from a symmetric Dirichlet distribution
+    with concentration `alpha`, never of the last class. New clients: the mix of a training client ("seen"), half and
+    half the mixes of two ("mixed"), the last class alone ("absent"). New clients of the first two kinds take turns
+    with different training clients, in random order. Images that are left over have no holder.
+
+    Raises: ConfigError, when arguments are out of range, or a class has too few images.
+    """
+    num_train = num_clients - num_new
+    classes = labels.unique().tolist()
+    present = len(classes) - 1
+    if not (num_train >= 1 and num_new >= 0 and min(images_per_client, images_per_new) >= 2):
+        raise ConfigError(
+            f"{num_clients} clients of which {num_new} are new, with {images_per_client} and {images_per_new} images: "
+            "expected at least one that trains, and at least 2 images each"
+        )
+    if (classes_per_client is None) == (alpha is None):
+        raise ConfigError("partition 'unseen' needs exactly one of classes_per_client and alpha")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise ConfigError(f"alpha is {alpha}, expected above 0 and finite")
+    draw = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=rng)))  # torch's gamma takes no generator
+    for left in range(1 if alpha is None else MAX_TRIES, 0, -1):
+        if alpha is None:
+            shares = _few_classes(present, num_train, int(classes_per_client or 0), rng)
+        else:
+            shares = torch.from_numpy(draw.dirichlet([alpha] * present, num_train))
+        nobody = torch.zeros(num_train, 1, dtype=torch.float64)
+        train = [_counts(mix, images_per_client) for mix in torch.cat([shares, nobody], 1)]
+        new = [_counts(mix, images_per_new) for mix in _new_mixes(shares, num_new, rng)]
+        try:
+            return _dealt_counts(labels, classes, [*train, *new], rng)
+        except ConfigError:
+            if left == 1:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+KINDS = ("seen", "mixed", "absent")
+"""Of new clients, by what their mix of classes is to those that train."""
+
+
+def _new_mixes(shares: Tensor, num_new: int, rng: torch.Generator) -> list[Tensor]:
+    """Shares of all classes for new clients, whose kinds take turns.
+
+    So do their parents, in random order; one with the mix of an earlier parent has its turn after all other mixes.
+    """
+    order, times = torch.randperm(len(shares), generator=rng).tolist(), dict[tuple[float, ...], int]()
+    ranked = []
+    for parent in order:
+        mix_of = tuple(shares[parent].tolist())
+        ranked.append((times.setdefault(mix_of, 0), parent))
+        times[mix_of] += 1
+    turn = iter([parent for _, parent in sorted(ranked, key=lambda pair: pair[0])] * 2 * (num_new + 1))
+    mixes = []
+    for number in range(num_new):
+        mix = torch.zeros(shares.shape[1] + 1, dtype=torch.float64)
+        kind = KINDS[number % len(KINDS)]
+        if kind == "absent":
+            mix[-1] = 1.0
+        else:
+            mix[:-1] = shares[[next(turn) for _ in range(1 if kind == "seen" else 2)]].mean(0)
+        mixes.append(mix)
+    return mixes
+
+
+def _few_classes(present: int, num_train: int, per_client: int, rng: torch.Generator) -> Tensor:
+    """Shares [num_train, present]: the classes with the fewest holders first, ties at random."""
+    if not 1 <= per_client <= present:
+        raise ConfigError(f"classes_per_client is {per_client}, expected 1 to {present}, the classes but the last")
+    shares = torch.zeros(num_train, present, dtype=torch.float64)
+    for client in range(num_train):
+        order = torch.randperm(present, generator=rng).tolist()
+        fewest = sorted(order, key=lambda label: int((shares[:, label] > 0).sum()))[:per_client]
+        shares[client, fewest] = 1 / per_client
+    return shares
+
+
+def _counts(shares: Tensor, total: int) -> Tensor:
+    """Whole numbers that add up to `total`, nearest to the shares: the largest remainders are rounded up."""
+    exact = shares * total
+    counts = exact.floor().long()
+    counts[(exact - counts).argsort(descending=True, stable=True)[: total - int(counts.sum())]] += 1
+    return counts
+
+
+def _dealt_counts(labels: Tensor, classes: list[int], wanted: list[Tensor], rng: torch.Generator) -> list[Tensor]:
+    clients: list[list[Tensor]] = [[] for _ in wanted]
+    for column, label in enumerate(classes):
+        index, sizes = _shuffled(labels, label, rng), [int(counts[column]) for counts in wanted]
+        if sum(sizes) > len(index):
+            raise ConfigError(
+                f"class {label} has {len(index)} images, and {sum(sizes)} are asked for: take fewer clients or fewer "
+                "images for each, or a larger alpha"
+            )
+        for client, part in zip(clients, index[: sum(sizes)].split(sizes), strict=True):
+            client.append(part)
+    return _sorted([torch.cat(parts) for parts in clients])
+
+
 def split(images: Images, heldout: float, rng: torch.Generator) -> ClientData:
     """Set a random share of one client's images aside, at least one, and leave at least one to train on.
 

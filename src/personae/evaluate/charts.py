@@ -105,7 +105,7 @@ def class_bars(name: str, client: Numbers, names: Sequence[str]) -> Markup | Non
         axes.set_xlabel("class")
 
     label = f"Class proportions of {name}: {', '.join(series)}"
-    return _chart(f"bars-{_key(name)}", width, height, draw, label)
+    return chart(f"bars-{_key(name)}", width, height, draw, label)
 
 
 def loss_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -123,7 +123,7 @@ def loss_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
             at, middle, color=COLOURS["after"], linewidth=1.8, marker="o" if len(at) < 4 else None, label="median"
         )
         if min(low) > 0 and max(high) / min(low) > 5:
-            _logarithmic(axes)
+            logarithmic(axes)
         scale = ", logarithmic" if axes.get_yscale() == "log" else ""
         axes.set(xlabel="round", title=f"Training loss (mean squared error{scale})")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -131,7 +131,7 @@ def loss_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], loc="upper right")
 
-    return _chart("loss", 5.0, 3.0, draw, "Training loss by round: median and range over clients")
+    return chart("loss", 5.0, 3.0, draw, "Training loss by round: median and range over clients")
 
 
 def traffic_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -155,7 +155,7 @@ def traffic_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.margins(x=0.02)
         axes.legend(["sent by clients", "received by clients"], loc="upper left")
 
-    return _chart("traffic", 5.0, 3.0, draw, "Bytes sent and received by all clients, cumulative by round")
+    return chart("traffic", 5.0, 3.0, draw, "Bytes sent and received by all clients, cumulative by round")
 
 
 def dot_chart(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[str, Numbers]) -> Markup | None:
@@ -185,7 +185,7 @@ def dot_chart(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[s
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    return _chart(f"dots{key}", 5.0, 0.8 + 0.27 * max(len(rows), 3), draw, f"{title}, client by client")
+    return chart(f"dots{key}", 5.0, 0.8 + 0.27 * max(len(rows), 3), draw, f"{title}, client by client")
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
@@ -219,14 +219,14 @@ def _key(name: str) -> str:
     return name.encode().hex()
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _chart(name: str, width: float, height: float, draw: Callable[[Axes], None], label: str) -> Markup:
+def chart(name: str, width: float, height: float, draw: Callable[[Axes], None], label: str) -> Markup:
     """Draw one pair of axes, `width` x `height` inches, as SVG for the page, its colours being variables."""
     buffer = StringIO()
     with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():

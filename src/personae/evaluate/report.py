@@ -52,8 +52,15 @@ def write_report(folder: Path) -> Path:
             f"{path} has format version {found}, this version of personae reads {FORMAT_VERSION}; "
             "install the version that wrote it"
         )
+    page = page_of("report.html.j2", _contents(folder, summary))
+    write_bytes(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def page_of(template: str, contents: Mapping[str, Any], *folders: Path) -> str:
+    """A page of one look; `template` is looked for in `folders` too. Every text is escaped."""
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -61,9 +68,7 @@ def write_report(folder: Path) -> Path:
         keep_trailing_newline=True,
     )
     templates.filters |= {"number": number, "count": count, "size": size, "duration": duration, "percent": percent}
-    page = templates.get_template("report.html.j2").render(_contents(folder, summary))
-    write_bytes(folder / "report.html", page.encode())
-    return folder / "report.html"
+    return templates.get_template(template).render(contents)
 
 
 def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from personae.backbone import unet
 from personae.backbone.schedule import schedule
 from personae.backbone.unet import UNetDenoiser
 from personae.core import Client, ClientData, Images, Job, Site, stream
-from personae.data import SOURCES, by_attribute, by_label, client_folders, dirichlet, iid, image_folder, split
+from personae.data import SOURCES, by_attribute, by_label, client_folders, dirichlet, iid, image_folder, split, unseen
 from personae.data.sources import Source
 from personae.engine.patience import Patience
 from personae.engine.population import Pooled, Population, Roster
@@ -59,15 +59,15 @@ def build_clients(recipe: Recipe) -> Clients:
             raise ConfigError(
                 "data.new names clients of source 'clients'; here data.partition.num_new holds clients out"
             )
-        parts = _parts(source, partition, seed)
-        width = len(str(len(parts) - 1))
-        images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(parts)}
+        dealt = _parts(source, partition, seed)
+        width = len(str(len(dealt) - 1))
+        images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(dealt)}
         names, label_names = tuple(images), source.label_names
         train, new = names[: len(names) - partition.num_new], names[len(names) - partition.num_new :]
     _check_attackers(recipe, train)
-    return Clients(
-        {name: split_client(name, images[name], data.heldout, seed) for name in images}, train, new, label_names
-    )
+    shares = dict.fromkeys(train, data.heldout) | dict.fromkeys(new, data.heldout_new or data.heldout)
+    parts = {name: split_client(name, images[name], shares[name], seed) for name in images}
+    return Clients(parts, train, new, label_names)
 
 
 def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:
@@ -127,6 +127,17 @@ def _parts(source: Source, partition: Partition, seed: int) -> list[Tensor]:
         )
     if partition.kind == "by_label":
         return by_label(labels, count, int(partition.classes_per_client or 0), rng)
+    if partition.kind == "unseen":
+        return unseen(
+            labels,
+            count,
+            partition.num_new,
+            rng,
+            images_per_client=int(partition.images_per_client or 0),
+            images_per_new=int(partition.images_per_new or 0),
+            classes_per_client=partition.classes_per_client,
+            alpha=partition.alpha,
+        )
     return dirichlet(labels, count, float(partition.alpha or 0), rng, min_images=partition.min_images)
 
 

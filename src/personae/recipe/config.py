@@ -29,6 +29,9 @@ INSTEAD = {"backbone.folder": "backbone.preset", "backbone.preset": "backbone.fo
 WRAPPERS: Mapping[str, type] = {"poisoned": Poisoned, **OF_METHODS}
 """Around any method, applied in this order from the inside out: those on the server see what attackers sent."""
 
+STUDY = "study"
+"""The key that tells a study from a run."""
+
 TITLE = "title"
 """A sentence for people, allowed in every recipe and carried along unread."""
 
@@ -59,11 +62,15 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML file or a shipped recipe; `overrides` are "key.of.table=value" with the value in TOML or a bare word.
+    """Read a TOML file or a shipped recipe. Raises: ConfigError, naming every problem."""
+    return parse(*read_table(recipe, overrides))
 
-    An empty value leaves the key out.
 
-    Raises: ConfigError, naming every problem.
+def read_table(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """A recipe as TOML gives it, and where it stands.
+
+    `overrides` are "key.of.table=value" with the value in TOML or a bare word; an empty value leaves the key out.
+    Raises: ConfigError.
     """
     path = find_recipe(recipe)
     try:
@@ -72,15 +79,17 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _override(table, override)
-    return parse(table, str(path))
+    return table, str(path)
 
 
 def parse(table: Mapping[str, Any], where: str) -> Recipe:
     """From a table as TOML gives it. Raises: ConfigError, naming every problem in `where`."""
+    if STUDY in table:
+        raise ConfigError(f"{where} is a study, which trains no single model; personae run, resume and report take it")
     table = {key: value for key, value in table.items() if key != TITLE}
     problems: list[str] = []
     method = _method(table.pop("method", None), table.pop("wrap", {}), problems)
-    fields = _check(Recipe, table, "", problems)
+    fields = check_fields(Recipe, table, "", problems)
     if fields is not None:
         problems += _together(fields)
     if problems or fields is None or method is None:
@@ -91,16 +100,16 @@ def parse(table: Mapping[str, Any], where: str) -> Recipe:
 
 def to_table(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every value filled in, as TOML can hold it; `parse` gives the same recipe back."""
-    table = _plain({f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "method"})
+    table = plain({f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "method"})
     wraps: dict[str, Any] = {}
     method: Any = recipe.method
     names = {kind: name for name, kind in {**METHODS, **WRAPPERS}.items()}
     while type(method) in WRAPPERS.values():
-        wraps[names[type(method)]] = _plain(
+        wraps[names[type(method)]] = plain(
             {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name != "method"}
         )
         method = method.method
-    own = _plain({f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    own = plain({f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
     return {**table, "method": {"name": names[type(method)], **own}, "wrap": wraps}
 
 
@@ -149,20 +158,20 @@ def _method(table: Any, wraps: Any, problems: list[str]) -> Method | None:
     if not isinstance(table, dict) or "name" not in table:
         problems.append(f"method: a table [method] with a name is needed; names are {', '.join(METHODS)}")
     elif not isinstance(name := table["name"], str) or name not in METHODS:
-        problems.append(f"method.name: {name!r} is unknown{_nearest(str(name), METHODS)}")
+        problems.append(f"method.name: {name!r} is unknown{nearest(str(name), METHODS)}")
     else:
-        method = _check(METHODS[name], {k: v for k, v in table.items() if k != "name"}, "method.", problems)
+        method = check_fields(METHODS[name], {k: v for k, v in table.items() if k != "name"}, "method.", problems)
     if not isinstance(wraps, dict):
         problems.append("wrap: expected tables such as [wrap.server_ema]")
         return None
-    problems += [f"wrap.{key}: unknown{_nearest(key, WRAPPERS)}" for key in wraps if key not in WRAPPERS]
+    problems += [f"wrap.{key}: unknown{nearest(key, WRAPPERS)}" for key in wraps if key not in WRAPPERS]
     for key, kind in WRAPPERS.items():
         if key in wraps:
-            method = _check(kind, wraps[key], f"wrap.{key}.", problems, method=method)
+            method = check_fields(kind, wraps[key], f"wrap.{key}.", problems, method=method)
     return typing.cast("Method | None", method)
 
 
-def _check(kind: type, table: Any, where: str, problems: list[str], **given: Any) -> Any:
+def check_fields(kind: type, table: Any, where: str, problems: list[str], **given: Any) -> Any:
     """Make `kind` from a table, or add to `problems` and return None. `given` are fields that no table holds."""
     if not isinstance(table, dict):
         problems.append(f"{where.rstrip('.')}: expected a table")
@@ -208,6 +217,11 @@ def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any], wh
         value = getattr(checked, name)
         if isinstance(value, pydantic.BaseModel):
             value = _build(_dataclass_in(hints[name]), value, {}, f"{where}{name}.", problems)
+        elif isinstance(value, tuple) and value and isinstance(value[0], pydantic.BaseModel):
+            inner = _dataclass_in(hints[name])
+            value = tuple(_build(inner, v, {}, f"{where}{name}.{i}.", problems) for i, v in enumerate(value))
+            if None in value:
+                return None
         values[name] = value
     if kind is Recipe:
         values["method"] = None
@@ -223,11 +237,11 @@ def _explain(kind: type, where: str, problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     name = where + ".".join(path)
     if problem["type"] == "extra_forbidden":
-        for part in path[:-1]:
+        for part in (part for part in path[:-1] if not part.isdigit()):  # a table's place in a list of tables
             hint = typing.get_type_hints(kind)[part]
             kind = _dataclass_in(hint)
         valid = [field.name for field in dataclasses.fields(kind) if field.name != "method" or kind is not Recipe]
-        return f"{name}: unknown key{_nearest(path[-1], valid)}"
+        return f"{name}: unknown key{nearest(path[-1], valid)}"
     if problem["type"] == "missing":
         return f"{name}: missing"
     found = problem.get("input")
@@ -242,7 +256,7 @@ def _dataclass_in(hint: Any) -> type:
     )
 
 
-def _nearest(word: str, valid: Any) -> str:
+def nearest(word: str, valid: Any) -> str:
     near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
 
@@ -260,10 +274,10 @@ def _together(recipe: Recipe) -> list[str]:
     if recipe.cohort is not None and recipe.cohort < 1:
         problems.append(f"cohort: {recipe.cohort}, expected at least 1, or left out for all clients")
     if recipe.engine not in ENGINES:
-        problems.append(f"engine: {recipe.engine!r} is unknown{_nearest(recipe.engine, ENGINES)}")
+        problems.append(f"engine: {recipe.engine!r} is unknown{nearest(recipe.engine, ENGINES)}")
     if recipe.aggregation.rule not in RULES:
         problems.append(
-            f"aggregation.rule: {recipe.aggregation.rule!r} is unknown{_nearest(recipe.aggregation.rule, RULES)}"
+            f"aggregation.rule: {recipe.aggregation.rule!r} is unknown{nearest(recipe.aggregation.rule, RULES)}"
         )
     else:
         problems += _attackers(recipe)
@@ -281,8 +295,9 @@ def _together(recipe: Recipe) -> list[str]:
         problems.append("data.pooled: everybody's images in one place need the engine 'in_process'")
     if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
         problems.append("backbone: exactly one of preset and folder is needed")
-    if not 0 < recipe.data.heldout < 1:
-        problems.append(f"data.heldout: {recipe.data.heldout}, expected between 0 and 1")
+    for name, share in (("heldout", recipe.data.heldout), ("heldout_new", recipe.data.heldout_new)):
+        if share is not None and not 0 < share < 1:
+            problems.append(f"data.{name}: {share}, expected between 0 and 1")
     if recipe.data.source in ("clients", "folder") and recipe.data.path is None:
         problems.append(f"data.path: needed for source {recipe.data.source!r}")
     if recipe.data.source in ("clients", "folder") and recipe.data.size is None:
@@ -298,6 +313,8 @@ def _together(recipe: Recipe) -> list[str]:
             problems.append(f"data.partition.num_new: {p.num_new}, expected at least 0")
         if p.kind == "dirichlet" and p.alpha is None:
             problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
+        if p.kind == "unseen" and None in (p.images_per_client, p.images_per_new):
+            problems.append("data.partition: 'unseen' needs images_per_client and images_per_new")
         if p.kind == "by_label" and p.classes_per_client is None:
             problems.append("data.partition.classes_per_client: missing for 'by_label'")
         if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new >= 1:
@@ -348,12 +365,12 @@ def _attackers(recipe: Recipe) -> list[str]:
     return []
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses as tables, tuples as lists, None left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items() if v is not None}
+        return {key: plain(v) for key, v in value.items() if v is not None}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value

@@ -13,16 +13,19 @@ class Partition:
     """How one source is spread over clients.
 
     "dirichlet": class proportions drawn with concentration `alpha`; "by_label": `classes_per_client` classes each;
-    "by_attribute": one attribute or its absence each; "iid": at random.
+    "by_attribute": one attribute or its absence each; "iid": at random; "unseen": as `data.partition.unseen` says, with
+    `classes_per_client` or `alpha`, `images_per_client` and `images_per_new`.
     The last `num_new` of `num_clients` are held out of training and only personalize afterwards.
     """
 
-    kind: Literal["iid", "by_label", "dirichlet", "by_attribute"]
+    kind: Literal["iid", "by_label", "dirichlet", "by_attribute", "unseen"]
     num_clients: int
     num_new: int = 0
     alpha: float | None = None
     classes_per_client: int | None = None
     min_images: int = 10
+    images_per_client: int | None = None
+    images_per_new: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Data:
 
     `source` is a named data set, "clients" (`path` holds one sub-folder of images per client) or "folder" (`path` holds
     images, optionally in one sub-folder per label, and `partition` spreads them). `heldout` is the share of each
-    client's images that is only measured on. `pooled` trains on everybody's images in one place, as a reference.
+    client's images that is only measured on, `heldout_new` that of a new client's where it is another one. `pooled`
+    trains on everybody's images in one place, as a reference.
     """
 
     source: Literal["digits", "mnist5k", "fashion", "faces", "clients", "folder"]
     heldout: float = 0.2
+    heldout_new: float | None = None
     path: str | None = None
     size: int | None = None
     channels: Literal[1, 3] = 3

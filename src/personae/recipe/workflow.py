@@ -17,12 +17,13 @@ from torch import Tensor
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
 from personae.backbone.unet import UNetDenoiser, save_pipeline
-from personae.core import ClientData, Job, Round, State, ignore, stream
+from personae.core import Arrays, ClientData, Job, Round, State, ignore, stream
 from personae.data import image_folder
 from personae.engine import engine_by_name
 from personae.engine.in_process import personalize_one
 from personae.engine.population import SAFE_NAME
 from personae.engine.rounds import load_parts
+from personae.engine.together import check_per_client, personalize_many
 from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
@@ -30,7 +31,7 @@ from personae.evaluate.histogram import class_histogram
 from personae.evaluate.loss import denoising_loss
 from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
 from personae.evaluate.report import write_report
-from personae.infer.sample import sample, to_bytes
+from personae.infer.sample import sample_together, to_bytes
 from personae.recipe.build import Clients, build_clients, build_denoiser, build_job, patience, relabelled, split_client
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import differences, environment, versions
@@ -160,9 +161,9 @@ class SavedRun:
         """What an engine needs to carry this run."""
         return build_job(self.recipe, self._clients, self._model, self.folder)
 
-    def _job_of(self, name: str, data: ClientData) -> Job:
-        """The same method for one client alone, without anybody else's images."""
-        clients = Clients({name: data}, (name,), (), ())
+    def _job_of(self, data: Mapping[str, ClientData]) -> Job:
+        """The same method for these clients alone, without anybody else's images."""
+        clients = Clients(data, tuple(data), (), ())
         return build_job(
             dataclasses.replace(self.recipe, engine="in_process", cohort=None), clients, self._model, self.folder
         )
@@ -170,6 +171,10 @@ class SavedRun:
     @cached_property
     def _released(self) -> State:
         return load_state(self._released_path)
+
+    @property
+    def _backbone(self) -> str:
+        return read_metadata(self._released_path)["backbone"]
 
     @property
     def _released_path(self) -> Path:
@@ -201,48 +206,75 @@ class SavedRun:
         rounds may be added again.
         Raises: ConfigError, when the name is taken or unusable; DataError, for the images.
         """
-        backbone = read_metadata(self._released_path)["backbone"]
-        if name in self.clients and (name not in self._added() or RunFolder(self.folder).has_personal(name, backbone)):
-            raise ConfigError(f"client {name!r} exists in {self.folder}; choose another --name")
-        if not SAFE_NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'")
+        self._refuse_taken([name])
         own = self._read(name, Path(data))
-        personal = personalize_one(self._job_of(name, own), self._released, State(), name)
-        folder, entry = RunFolder(self.folder), {"data": str(Path(data).resolve())}
-        folder.hold()
-        try:
-            write_json(self.folder / "added.json", {**self._added(), name: entry})
-            folder.save_personal(name, personal, backbone)  # what has this file is complete
-            figures = self.measure_client(name, "new", own)
-            write_json(self.folder / "added.json", {**self._added(), name: {**entry, "figures": figures}})
-        finally:
-            folder.release()
-        return figures
+        personal = personalize_one(self._job_of({name: own}), self._released, State(), name)
+        self._add({name: personal}, {name: data})
+        return self._measure_added(name, own)
+
+    def personalize_many(self, data: Mapping[str, str | Path], *, at_once: int = 16) -> dict[str, dict[str, Any]]:
+        """Add several clients that nobody has seen, `at_once` of them in one batch. Returns their figures by name.
+
+        Each has the files and figures that `personalize` would give it, up to rounding; more at once are faster, and
+        take more memory. A call that was stopped can be made again: who was added from the same folder stays as it is.
+        Raises: ConfigError, when names are taken or unusable, or the method's personal part is not an embedding;
+        DataError, for the images; ClientFailed, which names the client.
+        """
+        if at_once < 1:
+            raise ConfigError(f"{at_once} clients at once were asked for, expected at least 1")
+        check_per_client(self.recipe.method, self._model)
+        added = {n: self._added().get(n, {}) for n in data}
+        there = [n for n in data if added[n].get("data") == str(Path(data[n]).resolve()) and self._is_current(n)]
+        missing = [name for name in data if name not in there]
+        self._refuse_taken(missing)
+        own = {n: self._read(n, Path(data[n])) for n in data if n in missing or "figures" not in added[n]}
+        for start in range(0, len(missing), at_once):
+            group = missing[start : start + at_once]
+            job = self._job_of({name: own[name] for name in group})
+            self._add(personalize_many(job, self._released, group), data)
+        return {n: self._measure_added(n, own[n]) if n in own else added[n]["figures"] for n in data}
 
     def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
         """What this client's personal model draws, uint8 [num_images, C, H, W].
 
         Raises: ConfigError, for an unknown client; ArtefactError, when its file belongs to another backbone.
         """
-        model = self.model(client)
-        return self._draw(model, client, num_images, seed)
+        return self._draw(self.model(client), [client], num_images, seed)[0]
+
+    def sample_many(
+        self, clients: Sequence[str], num_images: int = 16, *, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """What `sample` draws for each of several clients, up to rounding, all in one batch.
+
+        Raises: as `sample`; ConfigError also, when the method's personal part is not an embedding.
+        """
+        if not clients:
+            return {}
+        model = self._model
+        check_per_client(self.recipe.method, model)
+        parts = [self._personal(client) for client in clients]
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        model.load({**self._released.params, **rows}, len(clients))
+        return dict(zip(clients, self._draw(model, clients, num_images, seed), strict=True))
 
     def model(self, client: str) -> UNetDenoiser:
         """The denoiser with the released backbone and this client's personal part."""
+        personal = self._personal(client)
+        self._model.load({**self._released.params, **personal})
+        return self._model
+
+    def _personal(self, client: str) -> Arrays:
         path = RunFolder(self.folder).personal_path(client)
         if not path.is_file():
             near = ", ".join(self.clients[:12]) or "none yet"
             raise ConfigError(f"there is no client {client!r} in {self.folder}; clients are {near}")
-        released, mine = self._released.params, read_metadata(path).get("backbone")
-        ours = read_metadata(self._released_path).get("backbone")
+        mine, ours = read_metadata(path).get("backbone"), self._backbone
         if mine != ours:
             raise ArtefactError(
                 f"{path} belongs to backbone {mine}, this run's is {ours}; personalize it here: "
                 f"personae personalize {self.folder} --data DIR --name NAME"
             )
-        model = self._model
-        model.load({**released, **load_state(path).params})
-        return model
+        return load_state(path).params
 
     def export(self, client: str, to: str | Path) -> Path:
         """An ordinary diffusers pipeline that draws this client's distribution, with no `personae` installed."""
@@ -313,6 +345,45 @@ class SavedRun:
         path = self.folder / "added.json"
         return dict(read_json(path)) if path.is_file() else {}
 
+    def _is_current(self, name: str) -> bool:
+        """True for a client with a personal file of this run's backbone."""
+        return RunFolder(self.folder).has_personal(name, self._backbone)
+
+    def _refuse_taken(self, names: Sequence[str]) -> None:
+        """A name may be given again to who was added before the run was given more rounds."""
+        taken = [n for n in names if n in self.clients and (n not in self._added() or self._is_current(n))]
+        problems = [f"client {name!r} exists in {self.folder}; choose another name" for name in taken]
+        problems += [
+            f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'"
+            for name in names
+            if not SAFE_NAME.fullmatch(name)
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _add(self, personal: Mapping[str, State], data: Mapping[str, str | Path]) -> None:
+        """Write what new clients sample with, and where their images lie."""
+        folder = RunFolder(self.folder)
+        folder.hold()
+        try:
+            entries = {name: {"data": str(Path(data[name]).resolve())} for name in personal}
+            write_json(self.folder / "added.json", self._added() | entries)
+            for name, state in personal.items():
+                folder.save_personal(name, state, self._backbone)  # what has this file is complete
+        finally:
+            folder.release()
+
+    def _measure_added(self, name: str, own: ClientData) -> dict[str, Any]:
+        folder = RunFolder(self.folder)
+        folder.hold()
+        try:
+            figures = self.measure_client(name, "new", own)
+            added = self._added()
+            write_json(self.folder / "added.json", {**added, name: {**added[name], "figures": figures}})
+        finally:
+            folder.release()
+        return figures
+
     def _read(self, name: str, folder: Path) -> ClientData:
         """A new client's images, in the size and channels that the backbone draws."""
         channels, size, _ = self._model.sample_shape
@@ -320,14 +391,14 @@ class SavedRun:
         return split_client(name, relabelled(source, self._label_names), self.recipe.data.heldout, self.recipe.seed)
 
     def _draw(
-        self, model: UNetDenoiser, name: str, count: int, seed: int | None, unconditional: bool = False
+        self, model: UNetDenoiser, names: Sequence[str], count: int, seed: int | None, unconditional: bool = False
     ) -> Tensor:
+        """uint8 [clients, count, C, H, W]: what the model draws for everyone that it holds."""
         options = self.recipe.sampling
-        rng = stream(self.recipe.seed if seed is None else seed, "sample", name)
-        drawn = sample(
+        drawn = sample_together(
             model,
             count,
-            rng,
+            [stream(self.recipe.seed if seed is None else seed, "sample", name) for name in names],
             sampler=options.sampler,
             steps=options.steps,
             guidance=options.guidance,
@@ -348,7 +419,7 @@ class SavedRun:
         real = label_counts(labels, len(self._label_names))
 
         def look(model: UNetDenoiser, suffix: str, unconditional: bool) -> dict[str, Any]:
-            drawn = self._draw(model, name, evaluation.num_images, None, unconditional)
+            (drawn,) = self._draw(model, [name], evaluation.num_images, None, unconditional)
             save_grid(folder / f"{name}{suffix}.png", drawn[:SHOWN], columns=8)
             counts = class_histogram(features, drawn).tolist() if features is not None and classify else None
             loss = denoising_loss(
@@ -364,7 +435,7 @@ class SavedRun:
         save_grid(folder / f"{name}-real.png", reference.real[:SHOWN], columns=8)
         before: dict[str, Any] = {"counts": None, "loss": None, "distance": None}
         if role == "new":
-            client = self._job_of(name, data).site.client(name, "before", seed)
+            client = self._job_of({name: data}).site.client(name, "before", seed)
             load_parts(client, self._released.params, {}, seed)
             before = look(self._model, "-before", unconditional=True)
         path = RunFolder(self.folder).personal_path(name)

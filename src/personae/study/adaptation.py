@@ -1,0 +1,132 @@
+"""New clients adapt a trained model: every method, learning rate and number of steps, on the same images and noise.
+
+Three stages. For each seed, "train": each rival's recipe; "adapt": every new client from so many of its images, with
+each learning rate and number of steps. "final": the same at the setting that was best for the other seeds' clients, so
+that nobody's own held-out images choose for it, with enough samples for kernel distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from personae.core import Training
+from personae.errors import ConfigError
+from personae.recipe.config import load_recipe
+from personae.recipe.workflow import resume, run
+from personae.study.adaptation_report import adaptation_answer
+from personae.study.bench import open_bench
+from personae.study.study import Answer, Cell, Row, where
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One method: a run's recipe, what is changed of it, and the learning rates that a new client tries."""
+
+    name: str
+    recipe: str
+    rates: tuple[float, ...]
+    changes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0:
+            raise ConfigError(f"rates of {self.name!r} are {list(self.rates)}, expected at least one, all above 0")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Which rivals, seeds, numbers of images of each new client (0: all that it has) and numbers of steps.
+
+    `changes` are overrides, "key=value", of every rival's recipe. `num_drawn` images are drawn per client in the grid,
+    `num_final` at the chosen settings, where they meet at least `num_references` real images of the client's mix of
+    classes. The first rival is the one that the others are compared with.
+    """
+
+    rivals: tuple[Rival, ...]
+    seeds: tuple[int, ...]
+    images: tuple[int, ...]
+    steps: tuple[int, ...]
+    changes: tuple[str, ...] = ()
+    batch_size: int = 16
+    num_drawn: int = 64
+    num_final: int = 500
+    num_references: int = 90
+
+    def __post_init__(self) -> None:
+        names = [rival.name for rival in self.rivals]
+        if len(set(names)) != len(names) or not all((names, self.seeds, self.images, self.steps)):
+            raise ConfigError("rivals need names of their own, and there must be seeds, images and steps")
+
+    def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
+        cells: list[dict[str, Any]] = []
+        for seed in self.seeds:  # one after the other, so that an unfinished study has something to say
+            cells += [{"stage": "train", "rival": rival.name, "seed": seed} for rival in self.rivals]
+            if len(found) < len(cells):
+                return cells
+            cells += [
+                {"stage": "adapt", "rival": rival.name, "seed": seed, "images": images, "rate": rate, "steps": steps}
+                for images in self.images
+                for rival in self.rivals
+                for rate in rival.rates
+                for steps in self.steps
+            ]
+            if len(found) < len(cells):
+                return cells
+        for seed in self.seeds:
+            for images in self.images:
+                for rival in self.rivals:
+                    rate, steps = self.chosen(found, rival.name, images, seed)
+                    own = {"stage": "final", "rival": rival.name, "seed": seed, "images": images}
+                    cells.append({**own, "rate": rate, "steps": steps})
+        return cells
+
+    def chosen(self, found: Sequence[Row], rival: str, images: int, seed: int) -> tuple[float, int]:
+        """Learning rate and steps with the least held-out loss over the clients of all other seeds."""
+        rows = where(found, stage="adapt", rival=rival, images=images)
+        rows = [row for row in rows if row["seed"] != seed] or rows
+        settings = sorted({(row["rate"], row["steps"]) for row in rows})
+
+        def loss(setting: tuple[float, int]) -> float:
+            own = [row for row in rows if (row["rate"], row["steps"]) == setting]
+            return fmean(client["loss"] for row in own for client in row["clients"].values())
+
+        return min(settings, key=loss)
+
+    def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
+        rival = next(rival for rival in self.rivals if rival.name == cell["rival"])
+        trained = folder / "runs" / f"{rival.name}-{cell['seed']}"
+        if cell["stage"] == "train":
+            return self._trained(rival, int(cell["seed"]), seed, trained)
+        final = cell["stage"] == "final"
+        bench = open_bench(trained)
+        how = Training(int(cell["steps"]), float(cell["rate"]), self.batch_size, decay="cosine")
+        drawn, references = (self.num_final, self.num_references) if final else (self.num_drawn, 0)
+        return {
+            "clients": {
+                name: bench.adapted(name, how, int(cell["images"]), drawn, references) for name in bench.clients.new
+            },
+            "population_before": bench.population_before,
+        }
+
+    def answer(self, found: Sequence[Row]) -> Answer:
+        return adaptation_answer(found, [rival.name for rival in self.rivals])
+
+    def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
+        recipe = load_recipe(rival.recipe, [*self.changes, *rival.changes, f"seed={seed + number}"])
+        started = (folder / "config.toml").is_file()
+        summary = (resume(folder) if started else run(recipe, folder)).summary
+        told = {
+            "role": "role",
+            "loss": "heldout_loss",
+            "distance": "histogram_distance",
+            "kid": "kid",
+            "copy": "copy_ratio",
+            "before": "heldout_loss_before",
+            "distance_before": "histogram_distance_before",
+        }
+        clients = {name: {key: c[k] for key, k in told.items()} for name, c in summary["clients"].items()}
+        new = [c for c in summary["clients"].values() if c["role"] == "new"]
+        return {"clients": clients, "numbers": new[0]["trained_parameters"] if new else None}

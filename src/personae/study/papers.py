@@ -1,0 +1,200 @@
+"""What papers claim, beside what was measured here: `personae bench papers`.
+
+A claim is judged by a function of numbers that a study's recipe wrote; these stand in results/, one file per study, put
+there by benchmarks/record.py from a finished run. Nothing is typed in by hand, and a claim whose study was not run says
+so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from personae.study.report import markdown_rows
+
+RESULTS = Path(__file__).parent / "results"
+
+SPIRE = "Ozkara, Zhou, Diggavi 2025, SPIRE, arXiv:2506.12303"
+
+Verdict = Literal["agrees", "disagrees", "partly", "not measured"]
+Numbers = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    measured: str
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, in our words; the shipped recipe that tests it; and how its numbers are read.
+
+    `recipe` is the name of a shipped recipe, whose study's summary `judge` is given.
+    """
+
+    paper: str
+    claim: str
+    recipe: str
+    judge: Callable[[Numbers], Judged]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. `cells` says how much of the study was measured when its numbers were taken."""
+
+    paper: str
+    claim: str
+    recipe: str
+    measured: str
+    verdict: Verdict
+    why: str
+    cells: str = ""
+
+
+def table(results: Path = RESULTS) -> list[Line]:
+    return [_line(claim, results) for claim in CLAIMS]
+
+
+def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    return [asdict(line) for line in lines]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    heads = ("paper", "claim", "recipe", "measured here", "verdict", "why")
+    rows = [(x.paper, x.claim, f"`{x.recipe}`{x.cells}", x.measured, x.verdict, x.why) for x in lines]
+    return "\n".join(markdown_rows(heads, rows))
+
+
+def result_path(recipe: str, results: Path = RESULTS) -> Path:
+    return results / f"{recipe.replace('/', '-')}.json"
+
+
+def _line(claim: Claim, results: Path) -> Line:
+    path = result_path(claim.recipe, results)
+    if not path.is_file():
+        missing = f"run it with: personae run {claim.recipe}"
+        return Line(claim.paper, claim.claim, claim.recipe, "", "not measured", missing)
+    summary = json.loads(path.read_text("utf-8"))
+    done, all_ = summary["measured"], summary["cells"]
+    cells = "" if done == all_ else f" ({done} of {all_} cells)"
+    judged = claim.judge(summary["numbers"])
+    return Line(claim.paper, claim.claim, claim.recipe, judged.measured, judged.verdict, judged.why, cells)
+
+
+# --- judges ------------------------------------------------------------------------------------------------------
+
+
+def recovers(numbers: Numbers) -> Judged:
+    over = numbers["over_cramer_rao"]
+    close = abs(over["mean"] - 1) <= 3 * over["error"] + 0.05
+    return Judged(
+        f"mean squared error {over['mean']:.3f} ± {over['error']:.3f} times the Cramér-Rao bound",
+        "agrees" if close else "disagrees",
+        "gradient descent on the logit of the weight, means known",
+    )
+
+
+def in_any_dimension(numbers: Numbers) -> Judged:
+    slopes = numbers["slope_of_dims"]
+    flat = all(abs(s["slope"]) <= 3 * s["error"] + 0.01 for s in slopes.values())
+    told = "; ".join(f"|mu| = {norm}: {s['slope']:+.3f} ± {s['error']:.3f}" for norm, s in slopes.items())
+    why = "the error has no d in it at all, where the bound as a summary gives it has d / |mu_t|^2"
+    return Judged(f"slope of the error against d, in logarithms: {told}", "agrees" if flat else "disagrees", why)
+
+
+def like_one_over_n(numbers: Numbers) -> Judged:
+    slopes = [s["slope"] for s in numbers["slope_of_images"].values()]
+    right = all(abs(slope + 1) <= 0.15 for slope in slopes)
+    told = f"slope of the error against n between {min(slopes):.2f} and {max(slopes):.2f}"
+    return Judged(told, "agrees" if right else "disagrees", "-1 within 0.15 is asked for")
+
+
+def is_maximum_likelihood(numbers: Numbers) -> Judged:
+    apart = numbers["apart"]
+    return Judged(
+        f"on the same images {100 * apart['mean']:.1f} % as far apart as maximum likelihood is from the truth",
+        "agrees" if apart["highest"] < 0.2 else "partly",
+        "the loss over all noise levels; docs/theory.md shows the identity",
+    )
+
+
+def more_components(numbers: Numbers) -> Judged:
+    agreement = numbers["agreement"]
+    every = agreement["below"] == agreement["cases"]
+    told = f"closer than 20 % to maximum likelihood in {agreement['below']} of {agreement['cases']} cases"
+    return Judged(told, "agrees" if every else "partly", "an open question of the paper: logits as additive biases")
+
+
+def imperfect_backbone(numbers: Numbers) -> Judged:
+    tolerated = numbers.get("tolerated_backbone_error")
+    if tolerated is None:
+        return Judged("", "not measured", "the federated means were not learned yet")
+    told = "; ".join(f"{value:.2f} with {images} images" for images, value in tolerated.items())
+    why = (
+        "an open question of the paper: up to this error of the means, new clients' weights are as good as on true ones"
+    )
+    return Judged(f"backbone error that costs less than a tenth: {told}", "agrees", why)
+
+
+def mixture_new_clients(numbers: Numbers) -> Judged:
+    if "new_clients_points" not in numbers:
+        return Judged("", "not measured", "new clients were not measured yet")
+    won, points = numbers["new_clients_half_of_fine_tuning"], numbers["new_clients_points"]
+    low, high = numbers["population_after_fine_tuning"]
+    return Judged(
+        f"divergence below half of fine-tuning's at {won} of {points} settings with 100 images or fewer",
+        "agrees" if won == points else "partly",
+        f"fine-tuning takes the population's divergence to {low:.2f} to {high:.2f} nats, the embedding leaves it",
+    )
+
+
+def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
+    """Ours minus every rival, all new clients together."""
+
+    def judge(numbers: Numbers) -> Judged:
+        paired = [p for p in numbers.get("paired", ()) if p["kind"] == "all" and p["figure"] == figure]
+        if not paired:
+            return Judged("", "not measured", "the final stage was not measured yet")
+        won = [p for p in paired if p["high"] < 0]
+        lost = [p for p in paired if p["low"] > 0]
+        told = "; ".join(
+            f"{p['rival']}, {p['images'] or 'all'} images: {p['mean']:+.3g} [{p['low']:+.3g}, {p['high']:+.3g}]"
+            for p in paired
+        )
+        verdict: Verdict = "agrees" if len(won) == len(paired) else "disagrees" if not won else "partly"
+        return Judged(
+            told, verdict, f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(paired)} cases"
+        )
+
+    return judge
+
+
+def forgets_nothing(numbers: Numbers) -> Judged:
+    moved = numbers.get("largest_change_of_others")
+    if moved is None:
+        return Judged("", "not measured", "the final stage was not measured yet")
+    told = f"largest change of other clients' loss: {moved:g}"
+    return Judged(told, "agrees" if moved == 0 else "disagrees", "the backbone keeps its bits")
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        SPIRE, "the mixing weight is recovered by gradient descent on the DDPM loss", "theory/two_components", recovers
+    ),
+    Claim(SPIRE, "with an error that does not grow with the dimension", "theory/two_components", in_any_dimension),
+    Claim(SPIRE, "and falls with the number of images as 1/n", "theory/two_components", like_one_over_n),
+    Claim(
+        SPIRE, "diffusion training of a mixture is maximum likelihood", "theory/two_components", is_maximum_likelihood
+    ),
+    Claim(SPIRE, "the same for more than two components", "theory/k_components", more_components),
+    Claim(SPIRE, "and with a backbone that was learned", "theory/imperfect_backbone", imperfect_backbone),
+    Claim(SPIRE, "new clients beat fine-tuning (mixtures)", "theory/mixture_federation", mixture_new_clients),
+    Claim(SPIRE, "new clients beat every rival (digits, held-out loss)", "unseen/one_class", beats_rivals("loss")),
+    Claim(SPIRE, "new clients beat every rival (digits, kernel distance)", "unseen/one_class", beats_rivals("kid")),
+    Claim(SPIRE, "adapting forgets nothing of others", "unseen/one_class", forgets_nothing),
+)

@@ -1,0 +1,145 @@
+"""One recipe with one thing changed at a time: what the embedding's width, place, and the federation's habits matter.
+
+Every variant is a whole run, kept in the study's folder with its own report. Clients of one seed hold the same images
+in every variant that does not change the partition, so that differences to the first variant are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from personae.errors import ConfigError
+from personae.evaluate.charts import COLOURS, chart
+from personae.recipe.config import load_recipe
+from personae.recipe.workflow import resume, run
+from personae.study.stats import Interval, interval, paired, unpaired
+from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
+
+ROLES = {"train": "training clients", "new": "new clients"}
+FIGURES = {"heldout_loss": "held-out loss", "histogram_distance": "histogram distance"}
+KEPT = (*FIGURES, "heldout_loss_before", "histogram_distance_before", "kid", "copy_ratio", "role", "trained_parameters")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed of the study's recipe, as overrides "key=value"."""
+
+    name: str
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variants:
+    """`question` is what the variants differ in, for the report. The first one is what the others are compared with.
+
+    `paired` is False where variants change who holds which images, so that clients cannot be compared one by one.
+    """
+
+    question: str
+    recipe: str
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    changes: tuple[str, ...] = ()
+    paired: bool = True
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if len(names) < 2 or len(set(names)) != len(names) or not self.seeds:
+            raise ConfigError(f"variants are {names}, expected two or more with names of their own, and seeds")
+
+    def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
+        return [{"variant": variant.name, "seed": seed} for seed in self.seeds for variant in self.variants]
+
+    def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
+        variant = next(variant for variant in self.variants if variant.name == cell["variant"])
+        own = folder / "runs" / f"{self.variants.index(variant)}-{cell['seed']}"
+        recipe = load_recipe(self.recipe, [*self.changes, *variant.changes, f"seed={seed + int(cell['seed'])}"])
+        done = resume(own) if (own / "config.toml").is_file() else run(recipe, own)
+        clients = {name: {key: figures[key] for key in KEPT} for name, figures in done.summary["clients"].items()}
+        return {
+            "clients": clients,
+            "bytes_up": done.summary["bytes_up"],
+            "parameters": done.summary["model_parameters"],
+        }
+
+    def answer(self, found: Sequence[Row]) -> Answer:
+        names = [variant.name for variant in self.variants if where(found, variant=variant.name)]
+        if not names:
+            return Answer()
+        entries: list[list[Entry]] = []
+        findings, numbers = [], []
+        for name in names:
+            row: list[Entry] = [name, len(where(found, variant=name))]
+            for role in ROLES:
+                for figure in FIGURES:
+                    values = _values(found, name, role, figure)
+                    row.append(fmean(values.values()) if values else None)
+            entries.append(row)
+            for role, title in ROLES.items():
+                for figure, what in FIGURES.items():
+                    difference = self._difference(found, name, role, figure)
+                    if difference is not None:
+                        at = {"variant": name, "than": names[0], "clients": role, "figure": figure}
+                        numbers.append({**at, **vars(difference)})
+                        if difference.excludes(0):
+                            findings.append(_sentence(name, names[0], what, title, difference))
+        if not findings:
+            findings = [f"{self.question}: no difference that can be told from {', '.join(names)}."]
+        columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in ROLES for what in FIGURES.values()))
+        note = f"Means over clients and seeds. Recipe: {self.recipe}."
+        charts = [self._chart(found, names, figure) for figure in FIGURES]
+        return Answer(findings, {"differences": numbers}, [Table(self.question, columns, entries, note)], charts)
+
+    def _difference(self, found: Sequence[Row], name: str, role: str, figure: str) -> Interval | None:
+        """A variant minus the first one, over the clients of all seeds that both have measured."""
+        ours, theirs = (_values(found, which, role, figure) for which in (name, self.variants[0].name))
+        if name == self.variants[0].name or min(len(ours), len(theirs)) < 2:
+            return None
+        if self.paired:
+            both = [at for at in ours if at in theirs]
+            return paired([ours[at] for at in both], [theirs[at] for at in both]) if both else None
+        return unpaired(list(ours.values()), list(theirs.values()))
+
+    def _chart(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
+        def draw(axes: Axes) -> None:
+            for offset, (role, tone) in enumerate((("train", "real"), ("new", "after"))):
+                for at, name in enumerate(names):
+                    values = list(_values(found, name, role, figure).values())
+                    if not values:
+                        continue
+                    mean, place = interval(values), at + (offset - 0.5) * 0.24
+                    axes.plot([place] * len(values), values, "o", color=COLOURS[tone], markersize=2.5, alpha=0.35)
+                    axes.plot([place, place], [mean.low, mean.high], color=COLOURS[tone], linewidth=2.2)
+                    axes.plot(place, mean.mean, "o", color=COLOURS[tone], markersize=6)
+                axes.plot([], [], "o", color=COLOURS[tone], label=ROLES[role])
+            axes.set_xticks(range(len(names)), names)
+            axes.grid(visible=False, axis="x")
+            axes.set(title=f"{FIGURES[figure].capitalize()}: {self.question}", xlim=(-0.6, len(names) - 0.4))
+            axes.legend(loc="best")
+
+        drawing = chart(figure, max(4.2, 1.15 * len(names) + 1), 3.3, draw, f"{FIGURES[figure]} by variant")
+        return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
+
+
+def _values(found: Sequence[Row], variant: str, role: str, figure: str) -> dict[tuple[int, str], float]:
+    """By seed and client."""
+    return {
+        (row["seed"], name): client[figure]
+        for row in where(found, variant=variant)
+        for name, client in row["clients"].items()
+        if client["role"] == role and client[figure] is not None
+    }
+
+
+def _sentence(name: str, first: str, what: str, who: str, difference: Interval) -> str:
+    way = "lower" if difference.mean < 0 else "higher"
+    change = (
+        f"{abs(difference.mean):.3g} {way} ({difference.low:+.3g} to {difference.high:+.3g}, {difference.num} pairs)"
+    )
+    return f"{name} against {first}, {who}: {what} {change}."

@@ -1,0 +1,158 @@
+"""The comparison of adapting clients: which cells, whose held-out images choose, and what a finished one says."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from personae.core import ClientData, Images, Training
+from personae.errors import ConfigError, DataError
+from personae.recipe.build import Clients
+from personae.study.adaptation import Adaptation, Rival
+from personae.study.adaptation_report import adaptation_answer
+from personae.study.bench import adapting, kind_of, open_bench
+
+STUDY = Adaptation(
+    (Rival("spire", "digits/spire", (0.1, 0.01)), Rival("fedavg_ft", "digits/fedavg_ft", (0.001,))),
+    seeds=(0, 1),
+    images=(8,),
+    steps=(5, 50),
+)
+
+
+def people(loss, kind="seen", **more):
+    own = {"distance": 0.2, "copy": 1.0, "population": 0.5, "numbers": 128, "kind": kind, "num_images": 8}
+    return {name: {**own, "loss": loss + step / 1000, **more} for step, name in enumerate(("c1", "c2"))}
+
+
+def found(study=STUDY, losses=None):
+    """Rows of all stages: the loss of a setting is `losses[rival, seed, rate, steps]`, 0.3 where nothing is said."""
+    rows = []
+    while len(cells := study.cells(rows)) > len(rows):
+        for cell in cells[len(rows) :]:
+            if cell["stage"] == "train":
+                clients = {"c0": {"role": "train", "loss": 0.25, "distance": 0.1, "kid": 0.0, "copy": 1.0}}
+                rows.append({**cell, "clients": clients, "numbers": 128})
+            else:
+                at = (cell["rival"], cell["seed"], cell["rate"], cell["steps"])
+                base = 0.3 if cell["rival"] == "spire" else 0.4
+                kid = {"kid": base, "kid_floor": 0.0} if cell["stage"] == "final" else {}
+                clients = people((losses or {}).get(at, base), **kid)
+                rows.append({**cell, "clients": clients, "population_before": 0.5})
+    return rows
+
+
+def test_training_comes_first_and_what_was_chosen_last():
+    stages = [key for key, _ in itertools.groupby(found(), key=lambda row: row["stage"])]
+    assert stages == ["train", "adapt", "train", "adapt", "final"]
+    numbers = [len([r for r in found() if r["stage"] == s]) for s in ("train", "adapt", "final")]
+    assert numbers == [4, 2 * (2 + 1) * 2, 4]
+
+
+def test_a_seed_does_not_choose_its_own_setting():
+    losses = {("spire", 0, 0.1, 5): 0.1, ("spire", 1, 0.01, 50): 0.1}  # each seed does best elsewhere
+    rows = found(losses=losses)
+    assert STUDY.chosen(rows, "spire", 8, seed=0) == (0.01, 50)
+    assert STUDY.chosen(rows, "spire", 8, seed=1) == (0.1, 5)
+
+
+def test_the_answer_pairs_clients_and_counts_them():
+    answer = adaptation_answer(found(), ["spire", "fedavg_ft"])
+    paired = {(p["figure"], p["kind"]): p for p in answer.numbers["paired"]}
+    assert paired["loss", "all"]["mean"] == pytest.approx(-0.1)
+    assert paired["loss", "all"]["num"] == 4 and paired["loss", "all"]["high"] < 0
+    assert "spire against fedavg_ft: held-out loss lower" in answer.findings[0]
+    assert answer.numbers["largest_change_of_others"] == 0
+    assert {chart.name for chart in answer.charts} == {"paired", "rates", "steps"}
+    best = answer.tables[0].rows
+    assert [row[:3] for row in best] == [["8", "spire", 4], ["8", "fedavg_ft", 4]]
+
+
+def test_no_ratio_where_the_rival_is_at_the_floor():
+    rows = found()
+    for row in rows:
+        for step, client in enumerate(row["clients"].values()):
+            if row["stage"] == "final" and row["rival"] == "fedavg_ft":
+                client["kid"] = (-1) ** step * 0.4
+    at = adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].columns.index("above the floor / rival's")
+    assert adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].rows[1][at] == "rival at the floor"
+    assert adaptation_answer(found(), ["spire", "fedavg_ft"]).tables[0].rows[1][at] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_a_part_of_the_rows_is_answered_too(stages):
+    kept = ["train", "adapt", "final"][:stages]
+    adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
+
+
+def test_problems_are_named():
+    with pytest.raises(ConfigError, match="expected at least one, all above 0"):
+        Rival("spire", "digits/spire", ())
+    with pytest.raises(ConfigError, match="names of their own"):
+        Adaptation((STUDY.rivals[0], STUDY.rivals[0]), (0,), (8,), (5,))
+
+
+# --- one trained model ------------------------------------------------------------------------------------------------
+
+
+def holds(*labels):
+    images = Images(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), torch.tensor(labels))
+    return ClientData(images, images)
+
+
+def test_kinds_of_new_clients():
+    data = {"a": holds(0, 1), "b": holds(2), "s": holds(1), "m": holds(0, 2), "n": holds(0, 3)}
+    clients = Clients(data, ("a", "b"), ("s", "m", "n"), ("0", "1", "2", "3"))
+    assert [kind_of(name, clients) for name in clients.new] == ["seen", "mixed", "absent"]
+
+
+def test_adapting_changes_the_method_inside_its_wrappers(tiny_run):
+    how = Training(7, 0.5, 3)
+    changed = adapting(tiny_run.recipe.method, how)
+    assert type(changed) is type(tiny_run.recipe.method)
+    assert (
+        changed.method.method.adapt == how
+        and changed.method.method.training == tiny_run.recipe.method.method.method.training
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_run):
+    return open_bench(tiny_run.folder)
+
+
+def test_an_embedding_leaves_everybody_else_alone(bench):
+    before = bench.population_before
+    figures = bench.adapted("c4", Training(3, 0.5, 4), images=5, drawn=8, references=0)
+    assert figures["population"] == before
+    assert figures["num_images"] == 5 and figures["numbers"] == 128 and 0 <= figures["distance"] <= 1
+
+
+def test_the_same_cell_measured_again_gives_the_same(bench):
+    how = Training(2, 0.1, 4)
+    first = bench.adapted("c4", how, images=0, drawn=24, references=40)
+    bench.adapted("c4", Training(3, 1.0, 4), images=3, drawn=8, references=0)
+    assert bench.adapted("c4", how, images=0, drawn=24, references=40) == first
+    assert first["kid_features"] == bench.features.name
+
+
+def test_references_have_the_clients_mix_and_not_its_training_images(bench):
+    own = bench.clients.data["c4"]
+    references = bench._references("c4", own, 60)
+    trained = {row.numpy().tobytes() for row in own.train.pixels}
+    assert 60 <= len(references) <= 60 + 10
+    assert not any(row.numpy().tobytes() in trained for row in references)
+    with pytest.raises(DataError, match="are needed"):
+        bench._references("c4", own, 5000)
+
+
+def test_a_data_set_without_classes_is_refused(tiny_run, copy_of, monkeypatch):
+    monkeypatch.setattr("personae.study.bench.features_by_name", lambda name: None)
+    with pytest.raises(ConfigError, match="no classifier"):
+        open_bench(copy_of(tiny_run))
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        STUDY.seeds = (3,)

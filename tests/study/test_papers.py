@@ -1,0 +1,79 @@
+"""Claims are judged by numbers of their study, never by themselves."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from personae.recipe.config import find_recipe, read_table
+from personae.study import STUDIES, papers
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_every_claim_names_a_recipe_that_is_a_study():
+    for claim in papers.CLAIMS:
+        assert find_recipe(claim.recipe).is_file() and read_table(claim.recipe)[0]["study"] in STUDIES
+
+
+def test_every_result_belongs_to_a_claim_or_a_recipe():
+    for path in papers.RESULTS.glob("*.json"):
+        summary = json.loads(path.read_text("utf-8"))
+        recipe = next(c for c in ("theory", "unseen", "ablations") if path.stem.startswith(c))
+        assert read_table(f"{recipe}/{path.stem.removeprefix(recipe + '-')}")[0]["name"] == summary["name"]
+
+
+def test_without_results_nothing_is_claimed(tmp_path):
+    lines = papers.table(tmp_path)
+    assert {line.verdict for line in lines} == {"not measured"} and {line.measured for line in lines} == {""}
+
+
+NUMBERS = {
+    "over_cramer_rao": {"mean": 1.02, "error": 0.02},
+    "slope_of_dims": {"1": {"slope": 0.01, "error": 0.02}},
+    "slope_of_images": {"a": {"slope": -1.02, "error": 0.02}},
+    "apart": {"mean": 0.05, "highest": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("judge", "change"),
+    [
+        (papers.recovers, {"over_cramer_rao": {"mean": 1.5, "error": 0.02}}),
+        (papers.in_any_dimension, {"slope_of_dims": {"1": {"slope": 0.5, "error": 0.02}}}),
+        (papers.like_one_over_n, {"slope_of_images": {"a": {"slope": -0.5, "error": 0.02}}}),
+        (papers.is_maximum_likelihood, {"apart": {"mean": 0.3, "highest": 0.5}}),
+    ],
+)
+def test_a_verdict_follows_the_numbers(judge, change):
+    assert judge(NUMBERS).verdict == "agrees"
+    assert judge({**NUMBERS, **change}).verdict in ("disagrees", "partly")
+
+
+def pair(figure, mean):
+    ends = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "num": 8}
+    return {"rival": "fedavg_ft", "images": 8, "kind": "all", "figure": figure, **ends}
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"), [((-0.5, -0.5), "agrees"), ((-0.5, 0.0), "partly"), ((0.5, 0.0), "disagrees")]
+)
+def test_rivals_must_be_beaten_everywhere(means, verdict):
+    numbers = {"paired": [pair("loss", mean) for mean in means] + [pair("kid", 0.9)]}
+    assert papers.beats_rivals("loss")(numbers).verdict == verdict
+    assert papers.beats_rivals("loss")({}).verdict == "not measured"
+
+
+def test_forgetting_is_nothing_or_something():
+    assert papers.forgets_nothing({"largest_change_of_others": 0.0}).verdict == "agrees"
+    assert papers.forgets_nothing({"largest_change_of_others": 1e-9}).verdict == "disagrees"
+
+
+def test_the_page_shows_what_the_command_prints(command):
+    told = re.search(r"<!-- claims -->\n(.*)<!-- end of claims -->", (DOCS / "papers.md").read_text("utf-8"), re.S)
+    assert told is not None and told[1].strip() == papers.markdown(papers.table())
+    code, out, _ = command("bench", "papers", "--json")
+    assert code == 0 and [row["claim"] for row in json.loads(out)["claims"]] == [c.claim for c in papers.CLAIMS]
+    code, out, _ = command("bench", "papers")
+    assert code == 0 and all(claim.recipe in out for claim in papers.CLAIMS)

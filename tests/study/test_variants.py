@@ -1,0 +1,57 @@
+"""One thing changed at a time: differences are paired by client where they can be, and said with their interval."""
+
+import pytest
+
+from personae.errors import ConfigError
+from personae.study.variants import Variant, Variants
+
+STUDY = Variants("width", "digits/spire", (Variant("128"), Variant("4", ("backbone.embedding.width=4",))), (0, 1))
+
+
+def client(loss, role="new"):
+    return {"role": role, "heldout_loss": loss, "histogram_distance": loss / 2}
+
+
+def rows(study, worse=0.05):
+    """Clients differ much from each other; the second variant is worse for each by nearly the same."""
+    luck = {"c0": 0.1, "c1": 0.9, "c2": 0.5}
+    found = []
+    for cell in study.cells([]):
+        more = worse if cell["variant"] == "4" else 0.0
+        clients = {name: client(loss + more + 1e-3 * i * bool(more)) for i, (name, loss) in enumerate(luck.items())}
+        found.append({**cell, "clients": clients})
+    return found
+
+
+def test_every_seed_in_turn_measures_every_variant():
+    assert [(c["seed"], c["variant"]) for c in STUDY.cells([])] == [(0, "128"), (0, "4"), (1, "128"), (1, "4")]
+
+
+def test_pairs_see_what_is_hidden_by_the_clients_differences():
+    answer = STUDY.answer(rows(STUDY))
+    loss = next(d for d in answer.numbers["differences"] if d["figure"] == "heldout_loss")
+    assert loss["mean"] == pytest.approx(0.051) and loss["num"] == 6 and loss["low"] > 0.04
+    assert any(
+        finding.startswith("4 against 128, new clients: held-out loss 0.051 higher") for finding in answer.findings
+    )
+
+    unpaired = Variants("width", "digits/spire", STUDY.variants, (0, 1), paired=False)
+    loss = next(d for d in unpaired.answer(rows(unpaired)).numbers["differences"] if d["figure"] == "heldout_loss")
+    assert loss["low"] < 0 < loss["high"]
+
+
+def test_no_difference_is_said_too():
+    answer = STUDY.answer(rows(STUDY, worse=0.0))
+    assert answer.findings == ["width: no difference that can be told from 128, 4."]
+
+
+def test_unfinished():
+    assert STUDY.answer([]).tables == ()
+    answer = STUDY.answer(rows(STUDY)[:1])
+    assert [row[:2] for row in answer.tables[0].rows] == [["128", 1]]
+
+
+@pytest.mark.parametrize("variants", [(), (Variant("a"),), (Variant("a"), Variant("a"))])
+def test_problems_are_named(variants):
+    with pytest.raises(ConfigError, match="two or more"):
+        Variants("width", "digits/spire", variants, (0,))
