@@ -22,7 +22,15 @@ STUDY = Adaptation(
 
 
 def people(loss, kind="seen", **more):
-    own = {"distance": 0.2, "copy": 1.0, "population": 0.5, "numbers": 128, "kind": kind, "num_images": 8}
+    own = {
+        "distance": 0.2,
+        "copy": 1.0,
+        "population": 0.5,
+        "numbers": 128,
+        "kind": kind,
+        "num_images": 8,
+        "bytes_received": 4,
+    }
     return {name: {**own, "loss": loss + step / 1000, **more} for step, name in enumerate(("c1", "c2"))}
 
 
@@ -126,7 +134,12 @@ def test_an_embedding_leaves_everybody_else_alone(bench):
     before = bench.population_before
     figures = bench.adapted("c4", Training(3, 0.5, 4), images=5, drawn=8, references=0)
     assert figures["population"] == before
-    assert figures["num_images"] == 5 and figures["numbers"] == 128 and 0 <= figures["distance"] <= 1
+    assert (
+        figures["num_images"] == 5
+        and figures["numbers"] == 128
+        and figures["bytes_received"] > 1e6
+        and 0 <= figures["distance"] <= 1
+    )
 
 
 def test_the_same_cell_measured_again_gives_the_same(bench):

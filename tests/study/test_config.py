@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from personae.errors import ConfigError
-from personae.recipe.config import read_table, recipe_folders
+from personae.recipe.config import load_recipe, read_table, recipe_folders
 from personae.study.config import parse_study, study_toml
 from personae.study.study import where
 
@@ -22,6 +22,14 @@ def test_every_shipped_study_is_read_and_written_back(name):
     recipe, study = parse_study(*read_table(name))
     assert study.cells([]) and recipe.title
     assert parse_study(tomllib.loads(study_toml(recipe, study)), "again") == (recipe, study)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_within_a_study_is_a_valid_recipe(name):
+    _, study = parse_study(*read_table(name))
+    for part in (*getattr(study, "variants", ()), *getattr(study, "rivals", ())):
+        if hasattr(part, "changes"):
+            load_recipe(getattr(part, "recipe", None) or study.recipe, [*study.changes, *part.changes])
 
 
 @pytest.mark.parametrize(

@@ -74,41 +74,41 @@ def _trained_table(rows: Sequence[Row], rivals: Sequence[str]) -> Table:
     return Table("Training clients", columns, entries, note)
 
 
+FINAL = (
+    *("images", "method", "clients", "loss", "distance", "kernel distance", "its floor", "above the floor / rival's"),
+    *("copy ratio", "others' loss", "change", "numbers trained", "bytes received", "settings"),
+)
+FINAL_NOTE = (
+    "Settings are learning rate x steps, chosen for each seed by the held-out loss of the other seeds' clients. "
+    "Nothing is sent. The ratio of kernel distances above the floor of real against real stands only where the "
+    "rival is three standard errors above it. Others' loss is that of training clients' held-out images under the "
+    "adapted model, with the population's vector where there is one; its change is forgetting. Below a copy ratio "
+    "of about 0.9, training images were copied."
+)
+
+
 def _final_table(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Table:
-    columns = (
-        *("images", "method", "clients", "loss", "distance", "kernel distance", "above the floor / rival's"),
-        *("copy ratio", "others' loss", "change", "numbers", "settings"),
-    )
-    entries: list[list[Entry]] = []
+    entries = []
     for count in images:
         ours = where(rows, images=count, rival=rivals[0])
         for rival in rivals:
-            own = where(rows, images=count, rival=rival)
-            clients = list(people(own).values())
-            if not clients:
-                continue
-            changes = [
-                c["population"] - row["population_before"]
-                for row in own
-                if row["population_before"] is not None
-                for c in row["clients"].values()
-            ]
-            entries.append(
-                [
-                    *(_count(count), rival, len(clients), _mean(clients, "loss"), _mean(clients, "distance")),
-                    *(_mean(clients, "kid"), "" if rival == rivals[0] else _ratio(ours, own), _mean(clients, "copy")),
-                    *(_mean(clients, "population"), fmean(changes) if changes else None, clients[0]["numbers"]),
-                    ", ".join(sorted({f"{row['rate']:g} x {row['steps']}" for row in own})),
-                ]
-            )
-    note = (
-        "Settings are learning rate x steps, chosen for each seed by the held-out loss of the other seeds' clients. "
-        "The ratio of kernel distances above the floor of real against real stands only where the rival is three "
-        "standard errors above it. Others' loss is that of training clients' held-out images under the adapted model, "
-        "with the population's vector where there is one; its change is forgetting. Below a copy ratio of about 0.9, "
-        "training images were copied."
-    )
-    return Table("New clients, each method at its best", columns, entries, note)
+            if own := where(rows, images=count, rival=rival):
+                ratio = "" if rival == rivals[0] else _ratio(ours, own)
+                entries.append([_count(count), rival, *_final_row(own, ratio)])
+    return Table("New clients, each method at its best", FINAL, entries, FINAL_NOTE)
+
+
+def _final_row(rows: Sequence[Row], ratio: Entry) -> list[Entry]:
+    clients = list(people(rows).values())
+    known = [row for row in rows if row["population_before"] is not None]
+    changes = [c["population"] - row["population_before"] for row in known for c in row["clients"].values()]
+    return [
+        len(clients),
+        *(_mean(clients, key) for key in ("loss", "distance", "kid", "kid_floor")),
+        *(ratio, _mean(clients, "copy"), _mean(clients, "population"), fmean(changes) if changes else None),
+        *(clients[0]["numbers"], clients[0]["bytes_received"]),
+        ", ".join(sorted({f"{row['rate']:g} x {row['steps']}" for row in rows})),
+    ]
 
 
 def _ratio(ours: Sequence[Row], theirs: Sequence[Row]) -> Entry:

@@ -79,6 +79,7 @@ class Bench:
             "copy": copy_ratio(pictures, data.train.pixels, data.heldout.pixels),
             "population": self._population_loss(),
             "numbers": personal.num_values(),
+            "bytes_received": self.released.num_bytes(),
         }
         return figures | (self._kernel_distance(name, data, pictures, references) if references else {})
 

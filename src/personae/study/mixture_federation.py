@@ -308,11 +308,14 @@ def _new_clients(
             f"FedAvg+FT at {won_whole} of {len(few)} points; logits alone on FedAvg's means, beside SPIRE's, at most "
             f"{bias_gap:+.3f} nats at any converged point."
         )
+    unsound = (
+        f" FedAvg or SPIRE lost a mean in {len(numbered) - len(sound)} of {len(numbered)} seeds; logits cannot mend it."
+    )
     charts = [
-        Chart("new-clients", _images_chart(study, kl, converged), NEW_CAPTION),
+        Chart("new-clients", _images_chart(study, kl, converged), NEW_CAPTION + unsound),
         Chart("forgetting", _forgetting_chart(study, after, converged), FORGETTING_CAPTION),
     ]
-    return Answer(findings, numbers, [_grid_table(kl, after, converged)], charts)
+    return Answer(findings, numbers, [_grid_table(kl, after, whole, converged)], charts)
 
 
 NEW_CAPTION = (
@@ -336,12 +339,25 @@ def _training_table(trained: Mapping[str, Sequence[float]], found: Sequence[Row]
     return Table("Training clients", columns, rows, note)
 
 
-def _grid_table(kl: Mapping[Any, Any], after: Mapping[Any, Any], converged: Sequence[Any]) -> Table:
-    columns = ["images", "rate", "steps", *RIVALS, "population, SPIRE", "population, FedAvg+FT", "converged"]
+def _grid_table(
+    kl: Mapping[Point, Any], after: Mapping[Point, Any], whole: Mapping[Point, Any], converged: Sequence[Point]
+) -> Table:
+    columns = [
+        "images",
+        "rate",
+        "steps",
+        *RIVALS,
+        f"{SPIRE}, sound",
+        f"{BIAS}, sound",
+        "population, SPIRE",
+        "population, FedAvg+FT",
+        "converged",
+    ]
     rows = [
         [
             *key,
-            *(kl[key][n] for n in RIVALS),
+            *(kl[key][name] for name in RIVALS),
+            *(whole[key][name] if key in whole else None for name in (SPIRE, BIAS)),
             after[key][SPIRE],
             after[key][FINE_TUNED],
             "yes" if key in converged else "",
@@ -349,7 +365,8 @@ def _grid_table(kl: Mapping[Any, Any], after: Mapping[Any, Any], converged: Sequ
         for key in kl
     ]
     note = (
-        "KL in nats, mean over new clients and seeds. SPIRE and the bias train K numbers, FedAvg+FT the means as well."
+        "KL in nats, mean over new clients and seeds. SPIRE and the bias train K numbers, FedAvg+FT the means as well. "
+        "Sound: seeds in which neither method lost a mean."
     )
     return Table("New clients", columns, rows, note)
 
