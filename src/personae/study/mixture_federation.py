@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -312,8 +313,10 @@ def _new_clients(
         f" FedAvg or SPIRE lost a mean in {len(numbered) - len(sound)} of {len(numbered)} seeds; logits cannot mend it."
     )
     charts = [
-        Chart("new-clients", _images_chart(study, kl, converged), NEW_CAPTION + unsound),
-        Chart("forgetting", _forgetting_chart(study, after, converged), FORGETTING_CAPTION),
+        Chart("new-clients", _over_images(study, "new-clients", kl, converged, list(RIVALS)), NEW_CAPTION + unsound),
+        Chart(
+            "forgetting", _over_images(study, "forgetting", after, converged, [SPIRE, FINE_TUNED]), FORGETTING_CAPTION
+        ),
     ]
     return Answer(findings, numbers, [_grid_table(kl, after, whole, converged)], charts)
 
@@ -371,22 +374,23 @@ def _grid_table(
     return Table("New clients", columns, rows, note)
 
 
-def _images_chart(study: MixtureFederation, kl: Mapping[Any, Any], converged: Sequence[Any]) -> Any:
+def _over_images(
+    study: MixtureFederation, name: str, table: Mapping[Point, Any], converged: Sequence[Point], names: Sequence[str]
+) -> Markup:
+    """Chart "new-clients" or "forgetting"."""
+    what = "KL of new clients" if name == "new-clients" else "KL of the population after adapting"
+
     def draw(axes: Axes) -> None:
-        for name in RIVALS:
-            _band(axes, study, {key: kl[key][name] for key in converged}, name)
-        _axes(axes, study, "KL of new clients (nats, logarithmic)")
+        for rival in names:
+            _band(axes, study, {key: table[key][rival] for key in converged}, rival)
+        logarithmic(axes)
+        axes.set_xscale("log")
+        axes.set_xticks(study.images, [str(num) for num in study.images])
+        axes.minorticks_off()
+        axes.set(xlabel="images of the new client", title=f"{what} (nats, logarithmic)")
+        axes.legend()
 
-    return chart("newclients", 5.0, 3.3, draw, "KL of new clients against their number of images, by method")
-
-
-def _forgetting_chart(study: MixtureFederation, after: Mapping[Any, Any], converged: Sequence[Any]) -> Any:
-    def draw(axes: Axes) -> None:
-        for name in (SPIRE, FINE_TUNED):
-            _band(axes, study, {key: after[key][name] for key in converged}, name)
-        _axes(axes, study, "KL of the population after adapting (nats, logarithmic)")
-
-    return chart("forgetting", 5.0, 3.3, draw, "KL of the population after a new client adapted, by method")
+    return chart(name, 5.0, 3.3, draw, f"{what} against the number of images, by method")
 
 
 def _band(axes: Axes, study: MixtureFederation, values: Mapping[Point, float], name: str) -> None:
@@ -396,12 +400,3 @@ def _band(axes: Axes, study: MixtureFederation, values: Mapping[Point, float], n
     low, high = [own[0] for own in by_images], [own[-1] for own in by_images]
     axes.fill_between(study.images, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(study.images, middle, color=colour, marker="o", linewidth=1.8, label=name)
-
-
-def _axes(axes: Axes, study: MixtureFederation, title: str) -> None:
-    logarithmic(axes)
-    axes.set_xscale("log")
-    axes.set_xticks(study.images, [str(num) for num in study.images])
-    axes.minorticks_off()
-    axes.set(xlabel="images of the new client", title=title)
-    axes.legend()

@@ -245,7 +245,7 @@ def high_noise_limit(
 ) -> Float[Tensor, " K"]:
     """Where `project` on the learned means ends, however many points: outside of [0, 1] if they are bad enough. (9.1)
 
-    It is also the least loss of a single noise level as the level grows.
+    Training on a single noise level ends there too as the level grows, if it lies in [0, 1], and at its edge otherwise.
     """
     return project((weights @ means)[None], learned)
 
