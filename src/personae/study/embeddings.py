@@ -71,10 +71,11 @@ class Embeddings:
             raise ConfigError(f"{self.num_mixes} mixes and {self.walk_points} points, expected at least 3 and 2")
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
-        cells: list[dict[str, Any]] = [{"stage": "train", "seed": seed} for seed in self.seeds]
-        if len(found) < len(cells):
-            return cells
-        for seed in self.seeds:
+        cells: list[dict[str, Any]] = []
+        for seed in self.seeds:  # one after the other, so that an unfinished study has something to say
+            cells.append({"stage": "train", "seed": seed})
+            if len(found) < len(cells):
+                return cells
             parts = range(0, self.num_mixes, TOGETHER)
             cells += [{"stage": "read", "seed": seed, "first": first} for first in parts]
             cells += [{"stage": "walk", "seed": seed, "walk": walk} for walk in range(self.num_walks)]
@@ -83,6 +84,8 @@ class Embeddings:
                 for start in STARTS
                 for steps in self.start_steps
             ]
+            if len(found) < len(cells):
+                return cells
         return cells
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
