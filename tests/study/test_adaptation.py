@@ -144,20 +144,33 @@ def test_an_embedding_leaves_everybody_else_alone(bench):
 
 def test_the_same_cell_measured_again_gives_the_same(bench):
     how = Training(2, 0.1, 4)
-    first = bench.adapted("c4", how, images=0, drawn=24, references=40)
+    first = bench.adapted("c4", how, images=0, drawn=24, references=24)
     bench.adapted("c4", Training(3, 1.0, 4), images=3, drawn=8, references=0)
-    assert bench.adapted("c4", how, images=0, drawn=24, references=40) == first
+    assert bench.adapted("c4", how, images=0, drawn=24, references=24) == first
     assert first["kid_features"] == bench.features.name
 
 
-def test_references_have_the_clients_mix_and_not_its_training_images(bench):
+def test_references_have_the_clients_mix_and_nobody_trained_on_them(bench):
     own = bench.clients.data["c4"]
-    references = bench._references("c4", own, 60)
-    trained = {row.numpy().tobytes() for row in own.train.pixels}
-    assert 60 <= len(references) <= 60 + 10
-    assert not any(row.numpy().tobytes() in trained for row in references)
-    with pytest.raises(DataError, match="are needed"):
+    counts = bench.label_counts(own)
+    references = bench._references("c4", own, 24)
+    trained = [own.train, *(bench.clients.data[name].train for name in bench.clients.train)]
+    seen = {row.numpy().tobytes() for images in trained for row in images.pixels}
+    assert len(references) == 24 and counts.sum() > 24
+    assert sum(row.numpy().tobytes() in seen for row in references) <= 1  # two of the digits are equal in all pixels
+    with pytest.raises(DataError, match="nobody trained on"):
         bench._references("c4", own, 5000)
+
+
+def test_a_setting_that_diverges_is_an_answer(bench, tiny_run, tmp_path):
+    study = dataclasses.replace(STUDY, rivals=(Rival("spire", "quickstart", (1e30,)),))
+    folder = tmp_path / "runs" / "spire-0"
+    folder.parent.mkdir()
+    folder.symlink_to(tiny_run.folder.resolve())
+    cell = {"stage": "adapt", "rival": "spire", "seed": 0, "images": 4, "rate": 1e30, "steps": 3}
+    assert study.measure(cell, 0, tmp_path) == {"diverged": "c4"}
+    rows = [*found(), {**cell, "rival": "spire", "diverged": "c4"}]
+    assert STUDY.chosen(rows, "spire", 8, seed=0) == STUDY.chosen(found(), "spire", 8, seed=0)
 
 
 def test_a_data_set_without_classes_is_refused(tiny_run, copy_of, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from personae.errors import ConfigError
+from personae.study.bench import open_bench
 from personae.study.embeddings import Embeddings, read_back
 
 RNG = np.random.default_rng(0)
@@ -28,6 +29,22 @@ def test_nobody_is_in_the_fit_that_is_asked_about_them():
     """With one number for each client to be known by, a fit that holds the client would explain everything."""
     _, explained = read_back(np.eye(40), SHARES, [0.5] * 40)
     assert explained < 0.1
+
+
+def test_each_half_is_asked_about_by_the_other():
+    """The map of the even clients is another one than that of the odd: nothing can be told across."""
+    vectors = np.where((np.arange(40) % 2 == 0)[:, None], SHARES @ MAP, SHARES @ -MAP)
+    _, explained = read_back(vectors, SHARES, [0.5] * 40)
+    assert explained < 0
+
+
+def test_clients_of_different_halves_share_no_image(tiny_run):
+    bench = open_bench(tiny_run.folder)
+    even, odd = (
+        {row.numpy().tobytes() for i in group for row in STUDY._mixed(bench, i).train.pixels}
+        for group in ((0, 2, 4), (1, 3, 5))
+    )
+    assert even and odd and len(even & odd) <= 1  # two of the digits are equal in all pixels
 
 
 def test_cells():
@@ -64,5 +81,5 @@ def test_the_answer_says_which_start_helps():
 
 
 def test_problems_are_named():
-    with pytest.raises(ConfigError, match="expected at least 3 and 2"):
+    with pytest.raises(ConfigError, match="expected at least 4 and 2"):
         Embeddings("digits/spire", (0,), 0.1, 5, (0,), num_mixes=2)

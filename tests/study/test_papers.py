@@ -31,7 +31,7 @@ def test_without_results_nothing_is_claimed(tmp_path):
 
 NUMBERS = {
     "over_cramer_rao": {"mean": 1.02, "error": 0.02},
-    "slope_of_dims": {"1": {"slope": 0.01, "error": 0.02}},
+    "slope_of_dims": {"1": {"slope": 0.005, "error": 0.02}},
     "slope_of_images": {"a": {"slope": -1.02, "error": 0.02}},
     "apart": {"mean": 0.05, "highest": 0.1},
 }
@@ -57,7 +57,8 @@ def pair(figure, mean):
 
 
 @pytest.mark.parametrize(
-    ("means", "verdict"), [((-0.5, -0.5), "agrees"), ((-0.5, 0.0), "partly"), ((0.5, 0.0), "disagrees")]
+    ("means", "verdict"),
+    [((-0.5, -0.5), "agrees"), ((-0.5, 0.0), "partly"), ((-0.5, 0.5), "disagrees"), ((0.0, 0.0), "disagrees")],
 )
 def test_rivals_must_be_beaten_everywhere(means, verdict):
     numbers = {"paired": [pair("loss", mean) for mean in means] + [pair("kid", 0.9)]}

@@ -146,8 +146,8 @@ def unseen(
         else:
             shares = torch.from_numpy(draw.dirichlet([alpha] * present, num_train))
         nobody = torch.zeros(num_train, 1, dtype=torch.float64)
-        train = [_counts(mix, images_per_client) for mix in torch.cat([shares, nobody], 1)]
-        new = [_counts(mix, images_per_new) for mix in _new_mixes(shares, num_new, rng)]
+        train = [whole_counts(mix, images_per_client) for mix in torch.cat([shares, nobody], 1)]
+        new = [whole_counts(mix, images_per_new) for mix in _new_mixes(shares, num_new, rng)]
         try:
             return _dealt_counts(labels, classes, [*train, *new], rng)
         except ConfigError:
@@ -196,7 +196,7 @@ def _few_classes(present: int, num_train: int, per_client: int, rng: torch.Gener
     return shares
 
 
-def _counts(shares: Tensor, total: int) -> Tensor:
+def whole_counts(shares: Tensor, total: int) -> Tensor:
     """Whole numbers that add up to `total`, nearest to the shares: the largest remainders are rounded up."""
     exact = shares * total
     counts = exact.floor().long()

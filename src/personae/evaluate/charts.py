@@ -226,6 +226,13 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def logarithmic_x(axes: Axes, at: Sequence[float]) -> None:
+    """With ticks at these places only; matplotlib's own would be formulas, which charts do not draw."""
+    axes.set(xscale="log")
+    axes.set_xticks(at, [f"{value:g}" for value in at])
+    axes.set_xticks([], minor=True)
+
+
 def chart(name: str, width: float, height: float, draw: Callable[[Axes], None], label: str) -> Markup:
     """Draw one pair of axes, `width` x `height` inches, as SVG for the page, its colours being variables."""
     buffer = StringIO()

@@ -34,6 +34,8 @@ class Clients:
     train: tuple[str, ...]
     new: tuple[str, ...]
     label_names: tuple[str, ...]
+    spare: tuple[Images, ...] = ()
+    """Images of the source that the partition gave to nobody."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -52,6 +54,7 @@ def build_clients(recipe: Recipe) -> Clients:
             raise ConfigError(f"data.new names {', '.join(unknown)}, but the folder holds {', '.join(sorted(images))}")
         train, new = tuple(n for n in sorted(images) if n not in data.new), tuple(sorted(data.new))
         label_names: tuple[str, ...] = ()
+        spare: tuple[Images, ...] = ()
     else:
         source, partition = _source(data), data.partition
         assert partition is not None, "checked when the recipe was read"
@@ -63,11 +66,14 @@ def build_clients(recipe: Recipe) -> Clients:
         width = len(str(len(dealt) - 1))
         images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(dealt)}
         names, label_names = tuple(images), source.label_names
+        held = torch.zeros(len(source.images), dtype=torch.bool)
+        held[torch.cat(dealt)] = True
+        spare = () if held.all() else (source.images[(~held).nonzero()[:, 0]],)
         train, new = names[: len(names) - partition.num_new], names[len(names) - partition.num_new :]
     _check_attackers(recipe, train)
     shares = dict.fromkeys(train, data.heldout) | dict.fromkeys(new, data.heldout_new or data.heldout)
     parts = {name: split_client(name, images[name], shares[name], seed) for name in images}
-    return Clients(parts, train, new, label_names)
+    return Clients(parts, train, new, label_names, spare)
 
 
 def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from personae.core import Training
-from personae.errors import ConfigError
+from personae.errors import ClientFailed, ConfigError, Diverged
 from personae.recipe.config import load_recipe
 from personae.recipe.workflow import resume, run
 from personae.study.adaptation_report import adaptation_answer
@@ -59,6 +59,13 @@ class Adaptation:
         names = [rival.name for rival in self.rivals]
         if len(set(names)) != len(names) or not all((names, self.seeds, self.images, self.steps)):
             raise ConfigError("rivals need names of their own, and there must be seeds, images and steps")
+        if min(self.steps) < 1 or min(self.images) < 0 or self.num_references < 8:
+            raise ConfigError(
+                f"steps are {list(self.steps)}, images {list(self.images)} and num_references {self.num_references}, "
+                "expected at least 1, 0 and 8"
+            )
+        for rival in self.rivals:
+            load_recipe(rival.recipe, [*self.changes, *rival.changes])
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         cells: list[dict[str, Any]] = []
@@ -86,6 +93,7 @@ class Adaptation:
     def chosen(self, found: Sequence[Row], rival: str, images: int, seed: int) -> tuple[float, int]:
         """Learning rate and steps with the least held-out loss over the clients of all other seeds."""
         rows = where(found, stage="adapt", rival=rival, images=images)
+        rows = [row for row in rows if "clients" in row]
         rows = [row for row in rows if row["seed"] != seed] or rows
         settings = sorted({(row["rate"], row["steps"]) for row in rows})
 
@@ -104,15 +112,18 @@ class Adaptation:
         bench = open_bench(trained)
         how = Training(int(cell["steps"]), float(cell["rate"]), self.batch_size, decay="cosine")
         drawn, references = (self.num_final, self.num_references) if final else (self.num_drawn, 0)
-        return {
-            "clients": {
-                name: bench.adapted(name, how, int(cell["images"]), drawn, references) for name in bench.clients.new
-            },
-            "population_before": bench.population_before,
-        }
+        people = {}
+        for name in bench.clients.new:
+            try:
+                people[name] = bench.adapted(name, how, int(cell["images"]), drawn, references)
+            except ClientFailed as error:
+                if isinstance(error.__cause__, Diverged):  # too large a learning rate is an answer, not a failure
+                    return {"diverged": name}
+                raise
+        return {"clients": people, "population_before": bench.population_before}
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        return adaptation_answer(found, [rival.name for rival in self.rivals])
+        return adaptation_answer([row for row in found if "clients" in row], [rival.name for rival in self.rivals])
 
     def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
         recipe = load_recipe(rival.recipe, [*self.changes, *rival.changes, f"seed={seed + number}"])

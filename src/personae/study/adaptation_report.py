@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from personae.evaluate.charts import COLOURS, chart
+from personae.evaluate.charts import COLOURS, chart, logarithmic, logarithmic_x
 from personae.study.stats import Interval, interval, paired
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
@@ -76,14 +76,23 @@ def _trained_table(rows: Sequence[Row], rivals: Sequence[str]) -> Table:
 
 FINAL = (
     *("images", "method", "clients", "loss", "distance", "kernel distance", "its floor", "above the floor / rival's"),
-    *("copy ratio", "others' loss", "change", "numbers trained", "bytes received", "settings"),
+    *(
+        "copy ratio",
+        "others' loss, released model",
+        "change",
+        "others' loss, adapted",
+        "numbers trained",
+        "bytes received",
+        "settings",
+    ),
 )
 FINAL_NOTE = (
-    "Settings are learning rate x steps, chosen for each seed by the held-out loss of the other seeds' clients. "
-    "Nothing is sent. The ratio of kernel distances above the floor of real against real stands only where the "
-    "rival is three standard errors above it. Others' loss is that of training clients' held-out images under the "
-    "adapted model, with the population's vector where there is one; its change is forgetting. Below a copy ratio "
-    "of about 0.9, training images were copied."
+    "Settings are learning rate x steps, chosen for each seed by the held-out loss of the other seeds' clients; "
+    "seeds deal the same images anew. Nothing is sent. The ratio of kernel distances above the floor of real "
+    "against real stands only where the rival is three standard errors above it. Others' loss is that of training "
+    "clients' held-out images: under what is shared after adapting (for an embedding the backbone with the "
+    "population's vector, unchanged by construction; for a method that trains weights, these), and under the "
+    "adapted model as it draws. Below a copy ratio of about 0.9, training images were copied."
 )
 
 
@@ -106,6 +115,7 @@ def _final_row(rows: Sequence[Row], ratio: Entry) -> list[Entry]:
         len(clients),
         *(_mean(clients, key) for key in ("loss", "distance", "kid", "kid_floor")),
         *(ratio, _mean(clients, "copy"), _mean(clients, "population"), fmean(changes) if changes else None),
+        _mean(clients, "others"),
         *(clients[0]["numbers"], clients[0]["bytes_received"]),
         ", ".join(sorted({f"{row['rate']:g} x {row['steps']}" for row in rows})),
     ]
@@ -168,9 +178,9 @@ def _paired_table(differences: Differences, ours: str) -> Table:
         for (rival, count, kind), found in differences.items()
     ]
     note = (
-        "Mean paired difference and its 95 % interval (Student's t over clients and seeds); below 0 is better for "
-        f"{ours}; * excludes 0. Seen: the mix of classes of a client that trained; mixed: half and half those of two; "
-        "absent: a class that nobody had."
+        "Mean paired difference and its 95 % interval (Student's t over clients and seeds, as if independent, though "
+        f"clients of a seed share its trained models); below 0 is better for {ours}; * excludes 0. Seen: the mix of "
+        "classes of a client that trained; mixed: half and half those of two; absent: a class that nobody had."
     )
     return Table("Paired differences", columns, entries, note)
 
@@ -218,7 +228,9 @@ def _rates_chart(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[in
 
     def draw(axes: Axes) -> None:
         _lines(axes, rivals, images, line)
-        axes.set(xscale="log", yscale="log", xlabel="learning rate", title="Held-out loss of new clients")
+        logarithmic(axes)
+        logarithmic_x(axes, [10.0**power for power in range(-5, 1)])
+        axes.set(xlabel="learning rate", title="Held-out loss of new clients (logarithmic)")
 
     drawing = chart("rates", 6.0, 3.6, draw, "Held-out loss against the learning rate")
     caption = "Best number of steps for each learning rate; the band reaches to the worst. Dashed: more images."
@@ -235,7 +247,8 @@ def _steps_chart(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[in
 
     def draw(axes: Axes) -> None:
         _lines(axes, rivals, images, line)
-        axes.set(xscale="log", xlabel="steps", ylim=(0, None), title="Class-histogram distance of new clients")
+        logarithmic_x(axes, sorted({row["steps"] for row in rows}))
+        axes.set(xlabel="steps", ylim=(0, None), title="Class-histogram distance of new clients")
 
     drawing = chart("steps", 6.0, 3.6, draw, "Histogram distance against the number of steps")
     return Chart("steps", drawing, "Best learning rate for each number of steps, and thin the median one.")

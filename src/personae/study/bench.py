@@ -14,6 +14,7 @@ from torch import Tensor
 from personae.artefact.save import load_state
 from personae.backbone.unet import UNetDenoiser
 from personae.core import ClientData, Images, Job, Method, State, Training, stream
+from personae.data.partition import whole_counts
 from personae.engine.in_process import personalize_one
 from personae.errors import ConfigError, DataError
 from personae.evaluate.copying import copy_ratio
@@ -54,10 +55,11 @@ class Bench:
         order = torch.randperm(len(pixels), generator=stream(recipe.seed, "population"))[:POPULATION_IMAGES]
         self._population = Images(pixels[order])
         self.kinds = {name: kind_of(name, clients) for name in clients.new}
+        self.has_null = any(name.startswith("null_embedding.") for name in model.live())
         self.population_before: float | None = None
         if released.params.keys() >= model.initial(stream(0), _not_embedding).keys():
             model.load({**model.initial(stream(recipe.seed, "before")), **released.params})
-            self.population_before = self._population_loss()
+            self.population_before = self._population_loss(self.has_null)
 
     def adapted(self, name: str, how: Training, images: int, drawn: int, references: int) -> dict[str, Any]:
         """Everything that is said of one new client after it has adapted with `how` from `images` of its images.
@@ -77,7 +79,8 @@ class Bench:
                 class_histogram(self.features, pictures), self.label_counts(self.clients.data[name])
             ),
             "copy": copy_ratio(pictures, data.train.pixels, data.heldout.pixels),
-            "population": self._population_loss(),
+            "population": self._population_loss(self.has_null),
+            "others": self._population_loss(False),
             "numbers": personal.num_values(),
             "bytes_received": self.released.num_bytes(),
         }
@@ -105,38 +108,44 @@ class Bench:
         options, rng = self.recipe.sampling, stream(self.recipe.seed, "sample", name)
         return to_bytes(sample(self.model, num_images, rng, sampler=options.sampler, steps=options.steps))
 
-    def _population_loss(self) -> float:
-        """Of the population's vector, where there is one: the adapted client's own is for nobody else."""
-        has_null = any(name.startswith("null_embedding.") for name in self.model.live())
-        return denoising_loss(
-            self.model, self._population, grid=10, draws=1, seed=self.recipe.seed, unconditional=has_null
-        )
+    def _population_loss(self, unconditional: bool) -> float:
+        """Of training clients' held-out images, with the population's vector or the one that is loaded."""
+        return denoising_loss(self.model, self._population, seed=self.recipe.seed, unconditional=unconditional)
 
     def _kernel_distance(self, name: str, data: ClientData, drawn: Tensor, references: int) -> dict[str, Any]:
         real = self.features.extract(self._references(name, data, references))
         made = self.features.extract(drawn)
         found = kid(
-            made, real, features=self.features.name, subset_size=references // 2, subsets=100, seed=self.recipe.seed
+            made, real, features=self.features.name, subset_size=references // 4, subsets=100, seed=self.recipe.seed
         )
         return {"kid": found.mean, "kid_std": found.std, "kid_floor": found.floor, "kid_features": found.features}
 
     def _references(self, name: str, own: ClientData, num: int) -> Tensor:
-        """Real images of the client's mix of classes, its own training images left out.
+        """Real images of the client's mix of classes that nobody trained on, its own and others'.
 
-        A client's own are too few for a kernel distance: whatever anybody holds of its classes stands in for them. That
-        includes what the shared model was trained on, alike for every rival.
+        A client's own are too few for a kernel distance. Whatever was trained on, by anybody, is left out: a model that
+        remembers it would look better than it is.
         Raises: DataError, when a class has too few.
         """
-        others = [data for other, data in self.clients.data.items() if other != name]
-        parts = [own.heldout, *(part for data in others for part in (data.train, data.heldout))]
+        new = [data for other, data in self.clients.data.items() if other != name and other in self.clients.new]
+        train = [self.clients.data[other].heldout for other in self.clients.train]
+        parts = [
+            own.heldout,
+            *train,
+            *(part for data in new for part in (data.train, data.heldout)),
+            *self.clients.spare,
+        ]
         pixels = torch.cat([part.pixels for part in parts])
         labels = torch.cat([part.labels for part in parts if part.labels is not None])
-        shares = self.label_counts(self.clients.data[name]).double() / self.label_counts(self.clients.data[name]).sum()
+        counts = self.label_counts(self.clients.data[name]).double()
         rng, chosen = stream(self.recipe.seed, "references", name), []
-        for label in shares.nonzero()[:, 0].tolist():
-            wanted, index = round(float(shares[label]) * num + 0.5), (labels == label).nonzero()[:, 0]
+        for label, wanted in enumerate(whole_counts(counts / counts.sum(), num).tolist()):
+            index = (labels == label).nonzero()[:, 0]
             if wanted > len(index):
-                raise DataError(f"client {name!r}: {len(index)} other images of class {label}, {wanted} are needed")
+                raise DataError(
+                    f"client {name!r}: nobody trained on {len(index)} images of class {label}, {wanted} are needed; "
+                    "lower settings.num_references, or give the clients fewer images"
+                )
             chosen.append(index[torch.randperm(len(index), generator=rng)[:wanted]])
         return pixels[torch.cat(chosen)]
 

@@ -1,9 +1,10 @@
 """Is a client's embedding its mixing weight? Read back from it, walked along, and started from in three ways.
 
 "train": a SPIRE run per seed. "read": many made-up clients, each with its own mix of classes out of images that no
-client trained on, adapt; a linear map from embedding to mix is fitted on all but one and asked about that one. "walk":
-straight lines between the embeddings of two training clients, drawn from. "start": new clients adapt from the
-population's vector, from the mean of the training clients' vectors, and from the one of these with the least loss.
+client trained on, adapt; a linear map from embedding to mix is fitted on half of them and asked about the others, who
+share no image with them. "walk": straight lines between the embeddings of two training clients, drawn from. "start":
+new clients adapt from the population's vector, from the mean of the training clients' vectors, and from the one of
+these with the least loss.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class Embeddings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.num_mixes < 3 or self.walk_points < 2:
-            raise ConfigError(f"{self.num_mixes} mixes and {self.walk_points} points, expected at least 3 and 2")
+        if self.num_mixes < 4 or self.walk_points < 2:
+            raise ConfigError(f"{self.num_mixes} mixes and {self.walk_points} points, expected at least 4 and 2")
+        load_recipe(self.recipe, self.changes)
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         cells: list[dict[str, Any]] = []
@@ -125,6 +127,8 @@ class Embeddings:
         Fewer than `num_images`, where a class has too few.
         """
         pool = _joined([part for name in bench.clients.new for part in _parts(bench.clients.data[name])])
+        order = torch.randperm(len(pool), generator=stream(bench.recipe.seed, "halves"))
+        pool = pool[order[number % 2 :: 2]]  # even and odd numbers share no image
         assert pool.labels is not None, "a bench has labels"
         rng, classes = stream(bench.recipe.seed, "mixes", number), len(bench.clients.label_names)
         draw = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=rng)))
@@ -221,7 +225,7 @@ def _joined(parts: Sequence[Images]) -> Images:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Of one client left out of the fit: total variation between its mix and what was read, or guessed."""
+    """Of one client that was not in the fit: total variation between its mix and what was read, or guessed."""
 
     read: float
     guessed: float
@@ -229,22 +233,22 @@ class ReadBack:
 
 
 def read_back(vectors: np.ndarray, shares: np.ndarray, drawn: Sequence[float]) -> tuple[list[ReadBack], float]:
-    """Every client in turn is left out of a ridge regression from vector to mix; its penalty is chosen on the others.
+    """Even clients by a ridge regression from vector to mix that was fitted on the odd ones, and the other way round.
 
-    "Guessed" is the mean mix of the others. Also the share of the variance that is explained, over all clients.
+    "Guessed" is the mean mix of those it was fitted on. Also the share of the variance that is explained, over all
+    clients. The penalty is chosen within the fit.
 
     Shapes: vectors [N, D], shares [N, classes].
     """
-    results, errors, spreads = [], 0.0, 0.0
-    for one in range(len(vectors)):
-        others = np.arange(len(vectors)) != one
-        fitted = RidgeCV(alphas=np.logspace(-3, 4, 15)).fit(vectors[others], shares[others])
-        told = np.clip(fitted.predict(vectors[one : one + 1])[0], 0, None)
-        told, mean = told / max(told.sum(), 1e-12), shares[others].mean(0)
-        errors += float(((told - shares[one]) ** 2).sum())
-        spreads += float(((mean - shares[one]) ** 2).sum())
-        results.append(ReadBack(_variation(told, shares[one]), _variation(mean, shares[one]), drawn[one]))
-    return results, 1 - errors / spreads
+    told, guessed = np.empty_like(shares), np.empty_like(shares)
+    for half in (0, 1):
+        fitted = RidgeCV(alphas=np.logspace(-3, 4, 15)).fit(vectors[1 - half :: 2], shares[1 - half :: 2])
+        positive = np.clip(fitted.predict(vectors[half::2]), 0, None)
+        told[half::2] = positive / np.maximum(positive.sum(1, keepdims=True), 1e-12)
+        guessed[half::2] = shares[1 - half :: 2].mean(0)
+    explained = 1 - ((told - shares) ** 2).sum() / ((guessed - shares) ** 2).sum()
+    rows = zip(told, guessed, shares, drawn, strict=True)
+    return [ReadBack(_variation(t, s), _variation(g, s), d) for t, g, s, d in rows], float(explained)
 
 
 def _variation(a: np.ndarray, b: np.ndarray) -> float:
@@ -255,7 +259,7 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     by_seed: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_seed.setdefault(row["seed"], []).extend(row["clients"].values())
-    by_seed = {seed: people for seed, people in by_seed.items() if len(people) >= 3}
+    by_seed = {seed: people for seed, people in by_seed.items() if len(people) >= 4}
     if not by_seed:
         return None
     told: list[ReadBack] = []
@@ -268,13 +272,11 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     read, guess, drawn = (fmean(getattr(one, key) for one in told) for key in ("read", "guessed", "drawn"))
     gain = paired([one.read for one in told], [one.guessed for one in told])
     entries: list[list[Entry]] = [
-        ["the linear map, fitted on all others", read],
-        ["the mean mix of all others", guess],
+        ["the linear map, fitted on clients without a common image", read],
+        ["the mean mix of those clients", guess],
         ["what the client's own model draws", drawn],
     ]
-    note = (
-        f"{len(told)} made-up clients of {len(by_seed)} seeds, each left out of the fit in turn. 0 is the client's mix."
-    )
+    note = f"{len(told)} made-up clients of {len(by_seed)} seeds, each half asked about by the other. 0 is equal."
     finding = (
         f"A client's mix of classes read from its embedding by a linear map fitted on other clients: total variation "
         f"{read:.3f}, against {guess:.3f} for guessing the mean mix ({gain.low:+.3f} to {gain.high:+.3f}); "
@@ -377,7 +379,7 @@ def _start_answer(rows: Sequence[Row], steps: Sequence[int]) -> Answer | None:
             means = [(n, interval(list(values(start, n, "loss").values()))) for n in steps if values(start, n, "loss")]
             axes.plot([n for n, _ in means], [m.mean for _, m in means], color=COLOURS[tone], marker="o", label=start)
         axes.set(xlabel="steps", title="Held-out loss of new clients, by start of the embedding")
-        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xticks(steps)
         axes.legend(loc="best")
 
     table = Table("Starts of a new embedding", ("start", "steps", "held-out loss", "histogram distance"), entries)

@@ -23,7 +23,7 @@ from personae.backbone.schedule import schedule
 from personae.core import stream
 from personae.data.mixture import gaussian_mixture
 from personae.errors import ConfigError
-from personae.evaluate.charts import COLOURS, chart, logarithmic
+from personae.evaluate.charts import COLOURS, chart, logarithmic, logarithmic_x
 from personae.study.stats import log_slope
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 from personae.theory import two_components as theory
@@ -312,7 +312,7 @@ class MixingWeight:
                 )
             axes.set(xlabel="images of a client", title="Mean squared error of the weight", yscale="log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            _logarithmic_x(axes, self.images)
+            logarithmic_x(axes, self.images)
             axes.margins(x=0.12)
             axes.legend(loc="lower left", fontsize=8)
 
@@ -335,7 +335,7 @@ class MixingWeight:
             bars = [2 * error for error in errors]
             axes.errorbar(dims, values, bars, fmt="o", color=COLOURS["after"], markersize=5, label="DDPM, trained")
             axes.set(xlabel="dimensions", title="n times the mean squared error")
-            _logarithmic_x(axes, self.dims)
+            logarithmic_x(axes, self.dims)
             logarithmic(axes)
             axes.legend(loc="upper left")
 
@@ -400,7 +400,7 @@ class MixingWeight:
                 )
             _bounds(axes, self.weight, norm)
             axes.set(xlabel="time t of the noise level", title=f"n times the mean squared error, |mu| = {norm:g}")
-            _logarithmic_x(axes, [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if fine[0] <= t <= fine[-1]])
+            logarithmic_x(axes, [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if fine[0] <= t <= fine[-1]])
             logarithmic(axes)
             axes.legend(loc="upper right", fontsize=8)
 
@@ -445,12 +445,6 @@ def _slope(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     total = sum(c**2 for c in centred)
     error = math.sqrt(sum((c / total * e / value) ** 2 for c, value, e in zip(centred, y, errors, strict=True)))
     return log_slope(x, y), error
-
-
-def _logarithmic_x(axes: Axes, at: Sequence[float]) -> None:
-    axes.set(xscale="log")
-    axes.set_xticks(at, [f"{value:g}" for value in at])
-    axes.set_xticks([], minor=True)
 
 
 def _bounds(axes: Axes, w: float, norm: float) -> None:

@@ -52,6 +52,8 @@ class Variants:
         names = [variant.name for variant in self.variants]
         if len(names) < 2 or len(set(names)) != len(names) or not self.seeds:
             raise ConfigError(f"variants are {names}, expected two or more with names of their own, and seeds")
+        for variant in self.variants:
+            load_recipe(self.recipe, [*self.changes, *variant.changes])
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         return [{"variant": variant.name, "seed": seed} for seed in self.seeds for variant in self.variants]
@@ -140,6 +142,6 @@ def _values(found: Sequence[Row], variant: str, role: str, figure: str) -> dict[
 def _sentence(name: str, first: str, what: str, who: str, difference: Interval) -> str:
     way = "lower" if difference.mean < 0 else "higher"
     change = (
-        f"{abs(difference.mean):.3g} {way} ({difference.low:+.3g} to {difference.high:+.3g}, {difference.num} pairs)"
+        f"{abs(difference.mean):.3g} {way} ({difference.low:+.3g} to {difference.high:+.3g}, {difference.num} values)"
     )
     return f"{name} against {first}, {who}: {what} {change}."

@@ -207,12 +207,12 @@ def _told(cell: Cell, done: int, total: int) -> Round:
 @contextmanager
 def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the block, whatever they are doing when it is left by an error or Ctrl-C."""
-    context = multiprocessing.get_context("spawn")
+    context, strangers = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,))
     try:
         yield pool
     except BaseException:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - strangers:
             process.terminate()
         raise
     finally:
