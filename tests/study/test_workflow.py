@@ -70,6 +70,7 @@ class Dice:
 
 @pytest.fixture(autouse=True)
 def dice(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))  # a second process finds `Dice` by its module
     monkeypatch.setattr(study, "STUDIES", {"dice": Dice})
     monkeypatch.setattr("personae.study.config.STUDIES", {"dice": Dice})
 
