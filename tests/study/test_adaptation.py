@@ -91,7 +91,9 @@ def test_no_ratio_where_the_rival_is_at_the_floor():
 @pytest.mark.parametrize("stages", [0, 1, 2])
 def test_a_part_of_the_rows_is_answered_too(stages):
     kept = ["train", "adapt", "final"][:stages]
-    adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
+    answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
+    told = "With 8 images, least held-out loss over the grid: spire 0.300, fedavg_ft 0.401. 2 seeds so far"
+    assert [finding[: len(told)] for finding in answer.findings] == ([told] if stages == 2 else [])
 
 
 def test_problems_are_named():

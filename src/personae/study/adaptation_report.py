@@ -34,6 +34,7 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
         tables.append(_spread_table(grid, rivals, images))
         charts.append(_rates_chart(grid, rivals, images))
         charts.append(_steps_chart(grid, rivals, images))
+        findings = [_best_so_far(grid, rivals, count) for count in images]
     numbers: dict[str, Any] = {}
     if final:
         ours = rivals[0]
@@ -148,6 +149,20 @@ def _spread_table(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[i
                 entries.append([_count(count), rival, title, f"{setting[0]:g} x {setting[1]}", *means])
     note = "Every learning rate x number of steps; ranked by the mean held-out loss of all new clients and seeds."
     return Table("How much the settings matter", columns, entries, note)
+
+
+def _best_so_far(rows: Sequence[Row], rivals: Sequence[str], count: int) -> str:
+    """Of a study that has not come to its end: what its grid shows, and what that is worth."""
+    best = {}
+    for rival in rivals:
+        if found := _by_setting(rows, rival, count):
+            best[rival] = min(_mean(clients, "loss") for clients in found.values())
+    told = ", ".join(f"{rival} {loss:.3f}" for rival, loss in sorted(best.items(), key=lambda item: item[1]))
+    seeds = len({row["seed"] for row in rows})
+    return (
+        f"With {_count(count)} images, least held-out loss over the grid: {told}. "
+        f"{seeds} seed{'s' * (seeds > 1)} so far, settings picked on the clients that they are shown for: a first look."
+    )
 
 
 Differences = Mapping[tuple[str, int, str], Mapping[str, Interval]]
