@@ -4,14 +4,14 @@ import dataclasses
 import itertools
 
 import pytest
-import torch
 
-from personae.core import ClientData, Images, Training
+from personae.core import Training
 from personae.errors import ConfigError, DataError
-from personae.recipe.build import Clients
+from personae.recipe.build import build_clients
+from personae.recipe.config import load_recipe, read_table
 from personae.study.adaptation import Adaptation, Rival
 from personae.study.adaptation_report import adaptation_answer
-from personae.study.bench import adapting, kind_of, open_bench
+from personae.study.bench import adapting, kinds_of, open_bench
 
 STUDY = Adaptation(
     (Rival("spire", "digits/spire", (0.1, 0.01)), Rival("fedavg_ft", "digits/fedavg_ft", (0.001,))),
@@ -106,15 +106,16 @@ def test_problems_are_named():
 # --- one trained model ------------------------------------------------------------------------------------------------
 
 
-def holds(*labels):
-    images = Images(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), torch.tensor(labels))
-    return ClientData(images, images)
-
-
-def test_kinds_of_new_clients():
-    data = {"a": holds(0, 1), "b": holds(2), "s": holds(1), "m": holds(0, 2), "n": holds(0, 3)}
-    clients = Clients(data, ("a", "b"), ("s", "m", "n"), ("0", "1", "2", "3"))
-    assert [kind_of(name, clients) for name in clients.new] == ["seen", "mixed", "absent"]
+def test_kinds_are_those_that_the_partition_dealt(tiny_run):
+    table, _ = read_table("unseen/one_class")
+    recipe = load_recipe("digits/spire", table["settings"]["changes"])
+    clients = build_clients(recipe)
+    kinds = kinds_of(recipe, clients)
+    assert list(kinds.values()) == ["seen", "mixed", "absent"] * 2 + ["seen", "mixed"]
+    for name, kind in kinds.items():
+        assert len(clients.data[name].train.labels.unique()) == (2 if kind == "mixed" else 1)
+        assert (9 in clients.data[name].train.labels) == (kind == "absent")
+    assert kinds_of(tiny_run.recipe, build_clients(tiny_run.recipe)) == {"c4": "new"}
 
 
 def test_adapting_changes_the_method_inside_its_wrappers(tiny_run):
