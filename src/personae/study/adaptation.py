@@ -16,9 +16,8 @@ from typing import Any
 from personae.core import Training
 from personae.errors import ClientFailed, ConfigError, Diverged
 from personae.recipe.config import load_recipe
-from personae.recipe.workflow import resume, run
 from personae.study.adaptation_report import adaptation_answer
-from personae.study.bench import open_bench
+from personae.study.bench import open_bench, trained
 from personae.study.study import Answer, Cell, Row, where
 
 
@@ -105,11 +104,11 @@ class Adaptation:
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         rival = next(rival for rival in self.rivals if rival.name == cell["rival"])
-        trained = folder / "runs" / f"{rival.name}-{cell['seed']}"
+        own = folder / "runs" / f"{rival.name}-{cell['seed']}"
         if cell["stage"] == "train":
-            return self._trained(rival, int(cell["seed"]), seed, trained)
+            return self._trained(rival, int(cell["seed"]), seed, own)
         final = cell["stage"] == "final"
-        bench = open_bench(trained)
+        bench = open_bench(own)
         how = Training(int(cell["steps"]), float(cell["rate"]), self.batch_size, decay="cosine")
         drawn, references = (self.num_final, self.num_references) if final else (self.num_drawn, 0)
         people = {}
@@ -126,9 +125,7 @@ class Adaptation:
         return adaptation_answer([row for row in found if "clients" in row], [rival.name for rival in self.rivals])
 
     def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
-        recipe = load_recipe(rival.recipe, [*self.changes, *rival.changes, f"seed={seed + number}"])
-        started = (folder / "config.toml").is_file()
-        summary = (resume(folder) if started else run(recipe, folder)).summary
+        summary = trained(folder, rival.recipe, [*self.changes, *rival.changes], seed + number).summary
         told = {
             "role": "role",
             "loss": "heldout_loss",

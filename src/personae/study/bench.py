@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,19 @@ from personae.evaluate.histogram import class_histogram, histogram_distance
 from personae.evaluate.loss import denoising_loss
 from personae.infer.sample import sample, to_bytes
 from personae.recipe.build import Clients, build_clients, build_denoiser, build_job
+from personae.recipe.config import load_recipe
 from personae.recipe.schema import Recipe
-from personae.recipe.workflow import open_run
+from personae.recipe.workflow import SavedRun, open_run, resume, run
 
 POPULATION_IMAGES = 32
 """Held-out images of training clients on which forgetting is measured."""
+
+
+def trained(folder: Path, recipe: str, changes: Sequence[str], seed: int) -> SavedRun:
+    """A recipe's run in a study's folder: begun, taken up where it was stopped, or as it stands."""
+    if (folder / "config.toml").is_file():
+        return resume(folder)
+    return run(load_recipe(recipe, [*changes, f"seed={seed}"]), folder)
 
 
 @lru_cache(maxsize=1)

@@ -32,8 +32,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.local.fit import fit_together
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 from personae.recipe.config import load_recipe
-from personae.recipe.workflow import resume, run
-from personae.study.bench import Bench, open_bench
+from personae.study.bench import Bench, open_bench, trained
 from personae.study.stats import interval, paired
 from personae.study.study import Answer, Cell, Chart, Entry, Picture, Row, Table, where
 
@@ -91,17 +90,16 @@ class Embeddings:
         return cells
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
-        trained = folder / "runs" / f"seed{cell['seed']}"
+        own = folder / "runs" / f"seed{cell['seed']}"
         if cell["stage"] == "train":
-            recipe = load_recipe(self.recipe, [*self.changes, f"seed={seed + int(cell['seed'])}"])
-            done = resume(trained) if (trained / "config.toml").is_file() else run(recipe, trained)
+            done = trained(own, self.recipe, self.changes, seed + int(cell["seed"]))
             return {"heldout_loss": done.summary["heldout_loss"]}
-        bench = open_bench(trained)
+        bench = open_bench(own)
         if cell["stage"] == "read":
             return self._read(bench, int(cell["first"]))
         if cell["stage"] == "walk":
-            return self._walked(bench, _trained_vectors(bench, trained), int(cell["walk"]), folder, int(cell["seed"]))
-        return self._started(bench, _trained_vectors(bench, trained), str(cell["start"]), int(cell["steps"]))
+            return self._walked(bench, _trained_vectors(bench, own), int(cell["walk"]), folder, int(cell["seed"]))
+        return self._started(bench, _trained_vectors(bench, own), str(cell["start"]), int(cell["steps"]))
 
     # --- reading back --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from personae.errors import ConfigError
 from personae.evaluate.charts import COLOURS, chart
 from personae.recipe.config import load_recipe
-from personae.recipe.workflow import resume, run
+from personae.study.bench import trained
 from personae.study.stats import Interval, interval, paired, unpaired
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 
@@ -61,8 +61,7 @@ class Variants:
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         variant = next(variant for variant in self.variants if variant.name == cell["variant"])
         own = folder / "runs" / f"{self.variants.index(variant)}-{cell['seed']}"
-        recipe = load_recipe(self.recipe, [*self.changes, *variant.changes, f"seed={seed + int(cell['seed'])}"])
-        done = resume(own) if (own / "config.toml").is_file() else run(recipe, own)
+        done = trained(own, self.recipe, [*self.changes, *variant.changes], seed + int(cell["seed"]))
         clients = {name: {key: figures[key] for key in KEPT} for name, figures in done.summary["clients"].items()}
         return {
             "clients": clients,
