@@ -46,9 +46,9 @@ def page(saved: SavedStudy, recipe: str, name: str) -> str:
 
 def record(folder: Path, recipe: str) -> None:
     saved = open_study(folder)
-    shipped = parse_study(*read_table(recipe))[1]
-    if saved.study != shipped:
-        raise SystemExit(f"{folder} was not made with the settings of recipe {recipe}; nothing was written")
+    plan, study = parse_study(*read_table(recipe))
+    if (saved.study, saved.recipe.seed) != (study, plan.seed):
+        raise SystemExit(f"{folder} was not made with the settings and seed of recipe {recipe}; nothing was written")
     saved.report()
     name = recipe.replace("/", "-")
     write_json(papers.result_path(recipe), saved.summary)

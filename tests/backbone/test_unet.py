@@ -203,11 +203,13 @@ def test_a_recipe_may_name_every_place():
 
 def test_a_token_is_refused_where_there_is_no_attention():
     """The message names the presets that have some, and no other."""
-    refused = r'no attention layers \(the presets "small" and "paper" have some\).* place: time, blocks, input, gate$'
+    having = ("tiny_attention", "small", "paper")
+    told = '"tiny_attention", "small" and "paper"'
+    refused = rf"no attention layers \(the presets {told} have some\).* place: time, blocks, input, gate$"
     options = {"size": 8, "channels": 1, "embedding_width": 4, "place": "token"}
     with torch.device("meta"):
         for name in PRESETS:
-            with nullcontext() if name in ("small", "paper") else pytest.raises(ConfigError, match=refused):
+            with nullcontext() if name in having else pytest.raises(ConfigError, match=refused):
                 preset(name, schedule(), **options)
 
 
@@ -301,7 +303,9 @@ def count(arrays):
     return sum(value.numel() for value in arrays.values())
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", 0.268), ("small", 1.708), ("paper", 35.746)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("tiny", 0.268), ("tiny_attention", 0.285), ("small", 1.708), ("paper", 35.746)]
+)
 def test_presets_have_their_published_size(name, millions):
     with torch.device("meta"):
         model = preset(name, schedule(), size=32, channels=3)
@@ -328,7 +332,7 @@ def test_a_size_that_cannot_be_halved_names_the_nearest_that_can(name, size, nea
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="expected one of tiny, small, paper"):
+    with pytest.raises(ConfigError, match="expected one of tiny, tiny_attention, small, paper"):
         preset("huge", schedule(), size=8, channels=1)
 
 

@@ -221,7 +221,7 @@ def test_doctor_says_what_is_there(command, monkeypatch):
         (["resume", "HERE"], 5, "is not a run"),
         (["evaluate", "HERE"], 5, "is not a run"),
         (["report", "HERE"], 5, "is not a run"),
-        (["inspect", "HERE"], 5, "is a folder, but not a run"),
+        (["inspect", "HERE"], 5, "is a folder, but neither a run nor a study"),
         (["inspect", "HERE/no.safetensors"], 5, "does not exist"),
         (["run", "quickstart", "--out", "RUN"], 5, "nothing was overwritten"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from personae.core import Images, stream
-from personae.data import by_attribute, by_label, dirichlet, iid, split, unseen
+from personae.data import by_attribute, by_label, dirichlet, fixed_new, iid, split, unseen
 from personae.data.partition import KINDS
 from personae.errors import ConfigError, DataError
 
@@ -198,3 +198,34 @@ def test_unseen_by_shares_from_a_dirichlet_distribution():
 def test_unseen_says_what_is_wrong(changes, told):
     with pytest.raises(ConfigError, match=told):
         unseen(MANY, 26, 8, stream(0), **{"images_per_client": 40, "images_per_new": 60, **changes})
+
+
+# --- the same new clients whoever trains ------------------------------------------------------------------------------
+
+FIXED = {"images_per_new": 40, "alpha": 0.3}
+
+
+def test_neither_number_nor_classes_of_training_clients_change_new_ones_and_what_is_trained_on():
+    first = fixed_new(MANY, 28, 8, stream(0), classes_per_client=2, **FIXED)
+    for num_clients, classes in ((13, 2), (48, 2), (28, 1), (28, 10)):
+        parts = fixed_new(MANY, num_clients, 8, stream(0), classes_per_client=classes, **FIXED)
+        assert len(parts) == num_clients and len(torch.cat(parts).unique()) == len(MANY)
+        assert all(torch.equal(a, b) for a, b in zip(first[-8:], parts[-8:], strict=True))
+        assert {len(MANY[part].unique()) for part in parts[:-8]} == {classes}
+    assert {len(part) for part in first[-8:]} == {40}
+    assert not torch.equal(first[-1], fixed_new(MANY, 28, 8, stream(1), classes_per_client=2, **FIXED)[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"images_per_new": 1}, "images_per_new 1"),
+        ({"classes_per_client": 11}, "expected 1 to 10"),
+        ({"images_per_new": 2000}, "are asked for"),
+        ({"images_per_new": 250, "alpha": 1e6}, "leave no image of some class"),
+    ],
+)
+def test_fixed_new_says_what_is_wrong(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        fixed_new(MANY, 28, 8, stream(0), **{**FIXED, "classes_per_client": 2, **changes})

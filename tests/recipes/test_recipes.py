@@ -73,7 +73,7 @@ LITTLE_RUN = (
     *("evaluation.kid_subsets=2", "method.adapt.steps=2"),
 )
 LITTLE = {
-    "adaptation": {"seeds": [0], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},
+    "adaptation": {"tuned_on": [0], "seeds": [1], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},
     "embeddings": {"seeds": [0], "steps": 2, "start_steps": [0], "num_mixes": 4, "num_walks": 1, "num_drawn": 8},
     "components": {
         "cases": [{"components": 3, "width": 4, "separation": 1.0, "equal": False, "images": 20}],

@@ -15,7 +15,8 @@ from personae.study.bench import adapting, kinds_of, open_bench
 
 STUDY = Adaptation(
     (Rival("spire", "digits/spire", (0.1, 0.01)), Rival("fedavg_ft", "digits/fedavg_ft", (0.001,))),
-    seeds=(0, 1),
+    tuned_on=(0,),
+    seeds=(1, 2),
     images=(8,),
     steps=(5, 50),
 )
@@ -40,7 +41,8 @@ def found(study=STUDY, losses=None):
     while len(cells := study.cells(rows)) > len(rows):
         for cell in cells[len(rows) :]:
             if cell["stage"] == "train":
-                clients = {"c0": {"role": "train", "loss": 0.25, "distance": 0.1, "kid": 0.0, "copy": 1.0}}
+                own = {"loss": 0.25, "distance": 0.1, "kid": 0.0, "copy": 1.0, "before": 0.6, "distance_before": 0.5}
+                clients = {"c0": {"role": "train", **own}, "c1": {"role": "new", **own}}
                 rows.append({**cell, "clients": clients, "numbers": 128})
             else:
                 at = (cell["rival"], cell["seed"], cell["rate"], cell["steps"])
@@ -51,18 +53,24 @@ def found(study=STUDY, losses=None):
     return rows
 
 
-def test_training_comes_first_and_what_was_chosen_last():
-    stages = [key for key, _ in itertools.groupby(found(), key=lambda row: row["stage"])]
-    assert stages == ["train", "adapt", "train", "adapt", "final"]
-    numbers = [len([r for r in found() if r["stage"] == s]) for s in ("train", "adapt", "final")]
-    assert numbers == [4, 2 * (2 + 1) * 2, 4]
+def test_settings_are_chosen_on_the_first_seeds_and_used_on_the_others():
+    rows = found()
+    stages = [(stage, seed) for (stage, seed), _ in itertools.groupby(rows, key=lambda r: (r["stage"], r["seed"]))]
+    assert stages == [("train", 0), ("adapt", 0), ("train", 1), ("final", 1), ("train", 2), ("final", 2)]
+    assert [sum(row["stage"] == stage for row in rows) for stage in ("train", "adapt", "final")] == [6, 6, 4]
 
 
-def test_a_seed_does_not_choose_its_own_setting():
-    losses = {("spire", 0, 0.1, 5): 0.1, ("spire", 1, 0.01, 50): 0.1}  # each seed does best elsewhere
-    rows = found(losses=losses)
-    assert STUDY.chosen(rows, "spire", 8, seed=0) == (0.01, 50)
-    assert STUDY.chosen(rows, "spire", 8, seed=1) == (0.1, 5)
+def test_the_setting_with_the_least_loss_is_chosen_for_each_method():
+    rows = found(losses={("spire", 0, 0.01, 50): 0.1, ("spire", 1, 0.1, 5): 0.05})
+    assert STUDY.chosen(rows, "spire", 8) == (0.01, 50)
+    final = {(row["rate"], row["steps"]) for row in rows if row["stage"] == "final" and row["rival"] == "spire"}
+    assert final == {(0.01, 50)}
+
+
+def test_a_method_that_always_diverges_is_named():
+    rows = [{k: v for k, v in row.items() if k != "clients"} if row["rival"] == "spire" else row for row in found()]
+    with pytest.raises(DataError, match="'spire' with 8 images diverged at every learning rate"):
+        STUDY.chosen(rows, "spire", 8)
 
 
 def test_the_answer_pairs_clients_and_counts_them():
@@ -92,7 +100,7 @@ def test_no_ratio_where_the_rival_is_at_the_floor():
 def test_a_part_of_the_rows_is_answered_too(stages):
     kept = ["train", "adapt", "final"][:stages]
     answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
-    told = "With 8 images, least held-out loss over the grid: spire 0.300, fedavg_ft 0.401. 2 seeds so far"
+    told = "With 8 images, least held-out loss over the grid: spire 0.300, fedavg_ft 0.401. 1 seed so far"
     assert [finding[: len(told)] for finding in answer.findings] == ([told] if stages == 2 else [])
 
 
@@ -100,7 +108,9 @@ def test_problems_are_named():
     with pytest.raises(ConfigError, match="expected at least one, all above 0"):
         Rival("spire", "digits/spire", ())
     with pytest.raises(ConfigError, match="names of their own"):
-        Adaptation((STUDY.rivals[0], STUDY.rivals[0]), (0,), (8,), (5,))
+        Adaptation((STUDY.rivals[0], STUDY.rivals[0]), (0,), (1,), (8,), (5,))
+    with pytest.raises(ConfigError, match=r"seeds \[0\] are also tuned on"):
+        dataclasses.replace(STUDY, seeds=(0, 1))
 
 
 # --- one trained model ------------------------------------------------------------------------------------------------
@@ -173,7 +183,7 @@ def test_a_setting_that_diverges_is_an_answer(bench, tiny_run, tmp_path):
     cell = {"stage": "adapt", "rival": "spire", "seed": 0, "images": 4, "rate": 1e30, "steps": 3}
     assert study.measure(cell, 0, tmp_path) == {"diverged": "c4"}
     rows = [*found(), {**cell, "rival": "spire", "diverged": "c4"}]
-    assert STUDY.chosen(rows, "spire", 8, seed=0) == STUDY.chosen(found(), "spire", 8, seed=0)
+    assert STUDY.chosen(rows, "spire", 8) == STUDY.chosen(found(), "spire", 8)
 
 
 def test_a_data_set_without_classes_is_refused(tiny_run, copy_of, monkeypatch):

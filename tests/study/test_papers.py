@@ -53,7 +53,7 @@ def test_a_verdict_follows_the_numbers(judge, change):
 
 def pair(figure, mean):
     ends = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "num": 8}
-    return {"rival": "fedavg_ft", "images": 8, "kind": "all", "figure": figure, **ends}
+    return {"rival": "fedavg_ft", "images": 8, "kind": "all", "figure": figure, **ends, "over_seeds": ends}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_pairs_see_what_is_hidden_by_the_clients_differences():
         finding.startswith("4 against 128, new clients: held-out loss 0.051 higher") for finding in answer.findings
     )
 
-    unpaired = Variants("width", "digits/spire", STUDY.variants, (0, 1), paired=False)
+    unpaired = Variants("width", "digits/spire", STUDY.variants, (0, 1), paired=())
     loss = next(d for d in unpaired.answer(rows(unpaired)).numbers["differences"] if d["figure"] == "heldout_loss")
     assert loss["low"] < 0 < loss["high"]
 
@@ -55,3 +55,8 @@ def test_unfinished():
 def test_problems_are_named(variants):
     with pytest.raises(ConfigError, match="two or more"):
         Variants("width", "digits/spire", variants, (0,))
+
+
+def test_only_roles_are_paired():
+    with pytest.raises(ConfigError, match="paired names old, expected of train, new"):
+        Variants("width", "digits/spire", STUDY.variants, (0,), paired=("new", "old"))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 
 from personae import study
 from personae.core import stream
-from personae.errors import ArtefactError, ConfigError, DataError
+from personae.errors import ArtefactError, ConfigError, DataError, PersonaeError
 from personae.evaluate.charts import chart
 from personae.recipe.config import load_recipe
 from personae.study.study import Answer, Chart, Table
@@ -39,6 +40,7 @@ class Dice:
     sides: tuple[int, ...]
     throws: int = 2
     fails_at: int | None = None
+    dies_at: int | None = None
     pause: float = 0.0
 
     def __post_init__(self):
@@ -55,6 +57,8 @@ class Dice:
         time.sleep(self.pause)
         if cell["throw"] == self.fails_at:
             raise DataError("the die fell off the table")
+        if cell["throw"] == self.dies_at:
+            os._exit(9)
         rng = stream(seed, cell["sides"], cell["throw"])
         return {"eyes": int(torch.randint(cell["sides"], (), generator=rng)) + 1}
 
@@ -139,6 +143,29 @@ def test_what_was_measured_before_an_error_is_kept(recipe, tmp_path, workers):
     assert kept == [0, 1] if workers == 1 else (kept[0] == 0 and 2 not in kept)  # two at a time: others may be done too
 
 
+def test_a_process_that_is_killed_is_explained_and_the_study_goes_on(recipe, tmp_path):
+    overrides = ["settings.dies_at=2", "machine.workers=2"]
+    with pytest.raises(PersonaeError, match=r"ended from outside.* continue with: personae resume"):
+        run_study(recipe, tmp_path / "out", overrides=overrides)
+    config = tmp_path / "out" / "config.toml"
+    config.write_text(config.read_text("utf-8").replace("dies_at = 2\n", ""), "utf-8")
+    assert len(resume_study(tmp_path / "out").rows) == 7
+
+
+def test_other_versions_are_warned_of_where_there_is_something_left_to_measure(recipe, tmp_path):
+    folder = run_study(recipe, tmp_path / "out").folder
+    about = json.loads((folder / "environment.json").read_text("utf-8"))
+    about["versions"]["torch"] = "1.0"
+    (folder / "environment.json").write_text(json.dumps(about), "utf-8")
+    with warnings.catch_warnings(action="error"):
+        resume_study(folder)
+    lines = (folder / "cells.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "cells.jsonl").write_text("".join(lines[:3]), "utf-8")
+    with pytest.warns(UserWarning, match="began with torch 1.0, is now"):
+        resume_study(folder)
+    assert "resumed_with" in json.loads((folder / "environment.json").read_text("utf-8"))
+
+
 def test_a_report_of_an_unfinished_study(recipe, tmp_path):
     folder = run_study(recipe, tmp_path / "out").folder
     (folder / "cells.jsonl").write_text("", "utf-8")
@@ -179,6 +206,9 @@ def test_on_the_command_line(recipe, tmp_path, command):
     assert code == 0 and "The best throw has" in out and "report.html" in out
     code, out, _ = command("resume", tmp_path / "out", "--json")
     assert code == 0 and json.loads(out)["summary"]["measured"] == 7
+    code, out, _ = command("inspect", tmp_path / "out", "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["kind"], found["measured"], found["complete"]) == ("dice", 7, True)
     code, out, _ = command("report", tmp_path / "out")
     assert code == 0 and out == f"wrote {tmp_path / 'out' / 'report.html'}\n"
 

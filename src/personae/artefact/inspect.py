@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from personae.artefact.save import load_arrays, read_json, read_metadata
+from personae.artefact.save import explained, load_arrays, read_json, read_metadata
 from personae.errors import ArtefactError
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Kind, metadata and tensors of a safetensors file, or the state of a run folder.
+    """Kind, metadata and tensors of a safetensors file, or the state of a run's or a study's folder.
 
     Raises: ArtefactError, when it is neither; a pickle is named and not opened.
     """
@@ -37,7 +39,14 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     if not (path / "config.toml").is_file():
-        raise ArtefactError(f"{path} is a folder, but not a run: it has no config.toml")
+        raise ArtefactError(f"{path} is a folder, but neither a run nor a study: it has no config.toml")
+    try:
+        with explained(path / "config.toml", "reading"):
+            config = tomllib.loads((path / "config.toml").read_text("utf-8"))
+    except ValueError as error:
+        raise ArtefactError(f"{path / 'config.toml'} cannot be read: {error}") from error
+    if "study" in config:
+        return _study(path, config)
     rounds = 0
     if (path / "rounds.jsonl").is_file():
         rounds = len((path / "rounds.jsonl").read_text("utf-8").splitlines())
@@ -47,5 +56,21 @@ def _run(path: Path) -> dict[str, Any]:
         "complete": (path / "cost.json").is_file(),
         "evaluated": (path / "summary.json").is_file(),
         "clients": sorted(p.stem for p in (path / "clients").glob("*.safetensors")),
+        "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
+    }
+
+
+def _study(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    lines = path / "cells.jsonl"
+    summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+    measured = len(lines.read_text("utf-8").splitlines()) if lines.is_file() else 0
+    return {
+        "study": str(path),
+        "kind": config["study"],
+        "title": config.get("title", ""),
+        "measured": measured,
+        "complete": bool(summary) and summary["measured"] == summary["cells"] == measured,
+        "findings": list(summary.get("findings", ())),
+        "runs": sorted(run.name for run in (path / "runs").glob("*") if (run / "config.toml").is_file()),
         "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
     }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from personae.data.faces import faces
 from personae.data.folder import client_folders, image_folder
 from personae.data.mixture import gaussian_mixture
-from personae.data.partition import by_attribute, by_label, dirichlet, iid, split, unseen
+from personae.data.partition import by_attribute, by_label, dirichlet, fixed_new, iid, split, unseen
 from personae.data.sources import Source, digits, fashion, mnist5k
 
 SOURCES: Mapping[str, Callable[..., Source]] = {
@@ -26,6 +26,7 @@ __all__ = [
     "dirichlet",
     "faces",
     "fashion",
+    "fixed_new",
     "gaussian_mixture",
     "iid",
     "image_folder",

@@ -196,6 +196,42 @@ def _few_classes(present: int, num_train: int, per_client: int, rng: torch.Gener
     return shares
 
 
+def fixed_new(
+    labels: Int64[Tensor, " N"],
+    num_clients: int,
+    num_new: int,
+    rng: torch.Generator,
+    *,
+    images_per_new: int,
+    alpha: float,
+    classes_per_client: int,
+) -> list[Int64[Tensor, " _"]]:
+    """Training clients, then `num_new` that are the same whoever trains: they are dealt first.
+
+    A new client's classes have shares from a symmetric Dirichlet distribution with concentration `alpha`. All that is
+    left goes to the training clients as `by_label` deals it, so that neither their number nor their classes change how
+    many images of each class are trained on.
+
+    Raises: ConfigError, when arguments are out of range, or a class has too few images.
+    """
+    if num_new < 0 or images_per_new < 2 or not (alpha > 0 and math.isfinite(alpha)):
+        raise ConfigError(
+            f"num_new is {num_new}, images_per_new {images_per_new}, alpha {alpha}: expected at least 0, at least 2, "
+            "and above 0"
+        )
+    classes = labels.unique().tolist()
+    draw = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=rng)))  # torch's gamma takes no generator
+    shares = torch.from_numpy(draw.dirichlet([alpha] * len(classes), num_new))
+    new = _dealt_counts(labels, classes, [whole_counts(mix, images_per_new) for mix in shares], rng)
+    left = torch.ones(len(labels), dtype=torch.bool)
+    for part in new:
+        left[part] = False
+    rest = left.nonzero()[:, 0]
+    if len(labels[rest].unique()) < len(classes):
+        raise ConfigError(f"the {num_new} new clients leave no image of some class: give them fewer images")
+    return [*(rest[part] for part in by_label(labels[rest], num_clients - num_new, classes_per_client, rng)), *new]
+
+
 def whole_counts(shares: Tensor, total: int) -> Tensor:
     """Whole numbers that add up to `total`, nearest to the shares: the largest remainders are rounded up."""
     exact = shares * total

@@ -18,7 +18,18 @@ from personae.backbone import unet
 from personae.backbone.schedule import schedule
 from personae.backbone.unet import UNetDenoiser
 from personae.core import Client, ClientData, Images, Job, Site, stream
-from personae.data import SOURCES, by_attribute, by_label, client_folders, dirichlet, iid, image_folder, split, unseen
+from personae.data import (
+    SOURCES,
+    by_attribute,
+    by_label,
+    client_folders,
+    dirichlet,
+    fixed_new,
+    iid,
+    image_folder,
+    split,
+    unseen,
+)
 from personae.data.sources import Source
 from personae.engine.patience import Patience
 from personae.engine.population import Pooled, Population, Roster
@@ -63,17 +74,24 @@ def build_clients(recipe: Recipe) -> Clients:
                 "data.new names clients of source 'clients'; here data.partition.num_new holds clients out"
             )
         dealt = _parts(source, partition, seed)
-        width = len(str(len(dealt) - 1))
-        images = {f"c{i:0{width}d}": source.images[part] for i, part in enumerate(dealt)}
-        names, label_names = tuple(images), source.label_names
+        num_train = len(dealt) - partition.num_new
+        # "fixed_new" deals the same new clients whoever trains, and so under the same names.
+        newcomers = _numbered("n", partition.num_new) if partition.kind == "fixed_new" else ()
+        names = (*_numbered("c", len(dealt))[: len(dealt) - len(newcomers)], *newcomers)
+        images = {name: source.images[part] for name, part in zip(names, dealt, strict=True)}
+        label_names = source.label_names
         held = torch.zeros(len(source.images), dtype=torch.bool)
         held[torch.cat(dealt)] = True
         spare = () if held.all() else (source.images[(~held).nonzero()[:, 0]],)
-        train, new = names[: len(names) - partition.num_new], names[len(names) - partition.num_new :]
+        train, new = names[:num_train], names[num_train:]
     _check_attackers(recipe, train)
     shares = dict.fromkeys(train, data.heldout) | dict.fromkeys(new, data.heldout_new or data.heldout)
     parts = {name: split_client(name, images[name], shares[name], seed) for name in images}
     return Clients(parts, train, new, label_names, spare)
+
+
+def _numbered(letter: str, num: int) -> tuple[str, ...]:
+    return tuple(f"{letter}{i:0{len(str(num - 1))}d}" for i in range(num))
 
 
 def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:
@@ -143,6 +161,16 @@ def _parts(source: Source, partition: Partition, seed: int) -> list[Tensor]:
             images_per_new=int(partition.images_per_new or 0),
             classes_per_client=partition.classes_per_client,
             alpha=partition.alpha,
+        )
+    if partition.kind == "fixed_new":
+        return fixed_new(
+            labels,
+            count,
+            partition.num_new,
+            rng,
+            images_per_new=int(partition.images_per_new or 0),
+            alpha=float(partition.alpha or 0),
+            classes_per_client=int(partition.classes_per_client or 0),
         )
     return dirichlet(labels, count, float(partition.alpha or 0), rng, min_images=partition.min_images)
 

@@ -315,6 +315,8 @@ def _together(recipe: Recipe) -> list[str]:
             problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
         if p.kind == "unseen" and None in (p.images_per_client, p.images_per_new):
             problems.append("data.partition: 'unseen' needs images_per_client and images_per_new")
+        if p.kind == "fixed_new" and None in (p.alpha, p.classes_per_client, p.images_per_new):
+            problems.append("data.partition: 'fixed_new' needs alpha, classes_per_client and images_per_new")
         if p.kind == "by_label" and p.classes_per_client is None:
             problems.append("data.partition.classes_per_client: missing for 'by_label'")
         if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new >= 1:

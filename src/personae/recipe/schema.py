@@ -14,11 +14,12 @@ class Partition:
 
     "dirichlet": class proportions drawn with concentration `alpha`; "by_label": `classes_per_client` classes each;
     "by_attribute": one attribute or its absence each; "iid": at random; "unseen": as `data.partition.unseen` says, with
-    `classes_per_client` or `alpha`, `images_per_client` and `images_per_new`.
+    `classes_per_client` or `alpha`, `images_per_client` and `images_per_new`; "fixed_new": as
+    `data.partition.fixed_new` says, with `alpha`, `classes_per_client` and `images_per_new`.
     The last `num_new` of `num_clients` are held out of training and only personalize afterwards.
     """
 
-    kind: Literal["iid", "by_label", "dirichlet", "by_attribute", "unseen"]
+    kind: Literal["iid", "by_label", "dirichlet", "by_attribute", "unseen", "fixed_new"]
     num_clients: int
     num_new: int = 0
     alpha: float | None = None
@@ -64,7 +65,7 @@ class Embedding:
 class Backbone:
     """A U-Net by `preset`, or any local diffusers folder by `folder`, which then also brings its noise schedule."""
 
-    preset: Literal["tiny", "small", "paper"] | None = None
+    preset: Literal["tiny", "tiny_attention", "small", "paper"] | None = None
     folder: str | None = None
     scale_shift: bool = False
     num_timesteps: int = 1000

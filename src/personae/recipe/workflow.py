@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 import tomllib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +33,7 @@ from personae.evaluate.report import write_report
 from personae.infer.sample import sample_together, to_bytes
 from personae.recipe.build import Clients, build_clients, build_denoiser, build_job, patience, relabelled, split_client
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
-from personae.recipe.environment import differences, environment, versions
+from personae.recipe.environment import keep_environment, versions
 from personae.recipe.schema import Recipe
 
 SUMMARY_VERSION = 1
@@ -77,16 +76,7 @@ def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
     Warns: UserWarning, when training goes on with other versions or another machine than it began with.
     Raises: ArtefactError, when the folder holds no run.
     """
-    saved = open_run(folder)
-    path, machine = saved.folder / "environment.json", saved.recipe.machine
-    if path.is_file() and not RunFolder(saved.folder).is_complete():
-        began, now = read_json(path), environment(machine.threads, machine.device)
-        if changed := differences(began, now):
-            warnings.warn(
-                f"{saved.folder} began with {'; '.join(changed)}: it will not end in the same bits", stacklevel=2
-            )
-            write_json(path, {**began, "resumed_with": [*began.get("resumed_with", ()), now]})
-    return _finish(saved, watch)
+    return _finish(open_run(folder), watch)
 
 
 def open_run(folder: str | Path) -> SavedRun:
@@ -105,12 +95,12 @@ def open_run(folder: str | Path) -> SavedRun:
 
 def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     """Whatever is not done yet, in order. Also where a stopped run is taken up."""
-    if not (saved.folder / "environment.json").is_file():
-        machine = saved.recipe.machine
-        write_json(saved.folder / "environment.json", environment(machine.threads, machine.device))
+    machine, complete = saved.recipe.machine, RunFolder(saved.folder).is_complete()
+    if not complete:
+        keep_environment(saved.folder, machine.threads, machine.device)
     if not (saved.folder / "images.json").is_file():
         write_json(saved.folder / "images.json", saved._images)
-    if not RunFolder(saved.folder).is_complete():
+    if not complete:
         engine_by_name(saved.recipe.engine, patience(saved.recipe), saved.recipe.machine.device).run(
             saved.job, resume=True, watch=watch
         )

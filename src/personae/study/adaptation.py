@@ -1,8 +1,9 @@
 """New clients adapt a trained model: every method, learning rate and number of steps, on the same images and noise.
 
-Three stages. For each seed, "train": each rival's recipe; "adapt": every new client from so many of its images, with
-each learning rate and number of steps. "final": the same at the setting that was best for the other seeds' clients, so
-that nobody's own held-out images choose for it, with enough samples for kernel distances.
+Three stages. "train": each rival's recipe, for each seed. "adapt": on the seeds that are tuned on, every new client
+from so many of its images, with each learning rate and number of steps. "final": on the other seeds, where the same
+data are dealt to other clients, at the setting that was best for the first, so that nobody's own held-out images choose
+for it, with enough samples for kernel distances.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from personae.core import Training
-from personae.errors import ClientFailed, ConfigError, Diverged
+from personae.errors import ClientFailed, ConfigError, DataError, Diverged
 from personae.recipe.config import load_recipe
 from personae.study.adaptation_report import adaptation_answer
 from personae.study.bench import open_bench, trained
@@ -39,12 +40,14 @@ class Rival:
 class Adaptation:
     """Which rivals, seeds, numbers of images of each new client (0: all that it has) and numbers of steps.
 
-    `changes` are overrides, "key=value", of every rival's recipe. `num_drawn` images are drawn per client in the grid,
-    `num_final` at the chosen settings, where they meet at least `num_references` real images of the client's mix of
-    classes. The first rival is the one that the others are compared with.
+    On `tuned_on`, the settings are chosen that are used on `seeds`. `changes` are overrides, "key=value", of every
+    rival's recipe. `num_drawn` images are drawn per client in the grid, `num_final` at the chosen settings, where they
+    meet at least `num_references` real images of the client's mix of classes. The first rival is the one that the
+    others are compared with.
     """
 
     rivals: tuple[Rival, ...]
+    tuned_on: tuple[int, ...]
     seeds: tuple[int, ...]
     images: tuple[int, ...]
     steps: tuple[int, ...]
@@ -56,8 +59,12 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         names = [rival.name for rival in self.rivals]
-        if len(set(names)) != len(names) or not all((names, self.seeds, self.images, self.steps)):
-            raise ConfigError("rivals need names of their own, and there must be seeds, images and steps")
+        if len(set(names)) != len(names) or not all((names, self.tuned_on, self.seeds, self.images, self.steps)):
+            raise ConfigError("rivals need names of their own, and there must be tuned_on, seeds, images and steps")
+        if both := set(self.tuned_on) & set(self.seeds):
+            raise ConfigError(
+                f"seeds {sorted(both)} are also tuned on; settings are not chosen by those they are shown for"
+            )
         if min(self.steps) < 1 or min(self.images) < 0 or self.num_references < 8:
             raise ConfigError(
                 f"steps are {list(self.steps)}, images {list(self.images)} and num_references {self.num_references}, "
@@ -68,39 +75,45 @@ class Adaptation:
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         cells: list[dict[str, Any]] = []
-        for seed in self.seeds:  # one after the other, so that an unfinished study has something to say
+        for seed in (*self.tuned_on, *self.seeds):  # one after the other: an unfinished study has something to say
             cells += [{"stage": "train", "rival": rival.name, "seed": seed} for rival in self.rivals]
             if len(found) < len(cells):
-                return cells
-            cells += [
-                {"stage": "adapt", "rival": rival.name, "seed": seed, "images": images, "rate": rate, "steps": steps}
-                for images in self.images
-                for rival in self.rivals
-                for rate in rival.rates
-                for steps in self.steps
-            ]
+                break
+            cells += self._grid(seed) if seed in self.tuned_on else self._final(seed, found)
             if len(found) < len(cells):
-                return cells
-        for seed in self.seeds:
-            for images in self.images:
-                for rival in self.rivals:
-                    rate, steps = self.chosen(found, rival.name, images, seed)
-                    own = {"stage": "final", "rival": rival.name, "seed": seed, "images": images}
-                    cells.append({**own, "rate": rate, "steps": steps})
+                break
         return cells
 
-    def chosen(self, found: Sequence[Row], rival: str, images: int, seed: int) -> tuple[float, int]:
-        """Learning rate and steps with the least held-out loss over the clients of all other seeds."""
-        rows = where(found, stage="adapt", rival=rival, images=images)
-        rows = [row for row in rows if "clients" in row]
-        rows = [row for row in rows if row["seed"] != seed] or rows
-        settings = sorted({(row["rate"], row["steps"]) for row in rows})
+    def _grid(self, seed: int) -> list[dict[str, Any]]:
+        return [
+            {"stage": "adapt", "rival": rival.name, "seed": seed, "images": images, "rate": rate, "steps": steps}
+            for images in self.images
+            for rival in self.rivals
+            for rate in rival.rates
+            for steps in self.steps
+        ]
 
-        def loss(setting: tuple[float, int]) -> float:
-            own = [row for row in rows if (row["rate"], row["steps"]) == setting]
-            return fmean(client["loss"] for row in own for client in row["clients"].values())
+    def _final(self, seed: int, found: Sequence[Row]) -> list[dict[str, Any]]:
+        cells = []
+        for images in self.images:
+            for rival in self.rivals:
+                rate, steps = self.chosen(found, rival.name, images)
+                own = {"stage": "final", "rival": rival.name, "seed": seed, "images": images}
+                cells.append({**own, "rate": rate, "steps": steps})
+        return cells
 
-        return min(settings, key=loss)
+    def chosen(self, found: Sequence[Row], rival: str, images: int) -> tuple[float, int]:
+        """Learning rate and steps with the least held-out loss over all clients that are tuned on.
+
+        Raises: DataError, when every setting diverged.
+        """
+        losses: dict[tuple[float, int], list[float]] = {}
+        for row in where(found, stage="adapt", rival=rival, images=images):
+            if "clients" in row:
+                losses.setdefault((row["rate"], row["steps"]), []).extend(c["loss"] for c in row["clients"].values())
+        if not losses:
+            raise DataError(f"{rival!r} with {images} images diverged at every learning rate; give it smaller ones")
+        return min(sorted(losses), key=lambda setting: fmean(losses[setting]))
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         rival = next(rival for rival in self.rivals if rival.name == cell["rival"])

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from personae.evaluate.charts import COLOURS, chart, logarithmic, logarithmic_x
-from personae.study.stats import Interval, interval, paired
+from personae.study.stats import Interval, interval
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
 TONES = ("after", "before", "up", "down", "real", "ink")
 FIGURES = {"loss": "held-out loss", "distance": "histogram distance", "kid": "kernel distance"}
 EVERYONE = "all"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ours minus theirs, below 0 where ours is better: over all clients, and over the means of each seed's clients.
+
+    Clients of a seed share its trained models, which the first takes for independent and the second does not.
+    """
+
+    pooled: Interval
+    over_seeds: Interval
+
 
 People = Mapping[tuple[int, str], Mapping[str, Any]]
 """Figures by seed and client."""
@@ -38,14 +51,21 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
     numbers: dict[str, Any] = {}
     if final:
         ours = rivals[0]
-        tables = [_final_table(final, rivals, images), *tables]
+        tables = [_final_table(final, grid, rivals, images), *tables]
         differences = _differences(final, rivals, images)
         if differences:
             tables.insert(1, _paired_table(differences, ours))
             charts.insert(0, _paired_chart(differences, ours))
         findings = [_sentence(ours, at, found) for at, found in differences.items() if at[2] == EVERYONE]
         numbers["paired"] = [
-            {"rival": rival, "images": count, "kind": kind, "figure": name, **vars(found)}
+            {
+                "rival": rival,
+                "images": count,
+                "kind": kind,
+                "figure": name,
+                **vars(found.pooled),
+                "over_seeds": vars(found.over_seeds),
+            }
             for (rival, count, kind), by_figure in differences.items()
             for name, found in by_figure.items()
         ]
@@ -64,16 +84,23 @@ def people(rows: Sequence[Row]) -> People:
 
 
 def _trained_table(rows: Sequence[Row], rivals: Sequence[str]) -> Table:
-    columns = ("method", "seeds", "loss", "distance", "kernel distance", "copy ratio")
+    columns = ("method", "seeds", "loss", "distance", "kernel distance", "copy ratio", *NEW_BEFORE)
     entries: list[list[Entry]] = []
     for rival in rivals:
         own = where(rows, rival=rival)
         clients = [c for c in people(own).values() if c["role"] == "train"]
         means = [_mean(clients, key) for key in ("loss", "distance", "kid", "copy")]
-        entries.append([rival, len(own), *means])
-    note = "Held-out images of the clients that trained, each with its personal model, at each recipe's own settings."
-    return Table("Training clients", columns, entries, note)
+        new = [c for c in people(own).values() if c["role"] == "new"]
+        before = [_mean(new, key) if new else None for key in ("before", "distance_before")]
+        entries.append([rival, len(own), *means, *before])
+    note = (
+        "Held-out images of the clients that trained, each with its personal model, at each recipe's own settings; "
+        "those of new clients under the released model, before any adapting."
+    )
+    return Table("Training clients, and new ones before they adapt", columns, entries, note)
 
+
+NEW_BEFORE = ("new clients: loss before", "new clients: distance before")
 
 FINAL = (
     *("images", "method", "clients", "loss", "distance", "kernel distance", "its floor", "above the floor / rival's"),
@@ -88,23 +115,24 @@ FINAL = (
     ),
 )
 FINAL_NOTE = (
-    "Settings are learning rate x steps, chosen for each seed by the held-out loss of the other seeds' clients; "
-    "seeds deal the same images anew. Nothing is sent. The ratio of kernel distances above the floor of real "
-    "against real stands only where the rival is three standard errors above it. Others' loss is that of training "
-    "clients' held-out images: under what is shared after adapting (for an embedding the backbone with the "
-    "population's vector, unchanged by construction; for a method that trains weights, these), and under the "
-    "adapted model as it draws. Below a copy ratio of about 0.9, training images were copied."
+    "Settings are learning rate x steps, chosen by the held-out loss of the clients of seeds that are not shown here; "
+    "seeds deal the same images anew. An asterisk: the largest or smallest of those tried. Nothing is sent. The ratio "
+    "of kernel distances above the floor of real against real stands only where the rival is three standard errors "
+    "above it. Others' loss is that of training clients' held-out images: under what is shared after adapting (for an "
+    "embedding the backbone with the population's vector, unchanged by construction; for a method that trains weights, "
+    "these), and under the adapted model as it draws. Below a copy ratio of about 0.9, training images were copied."
 )
 
 
-def _final_table(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Table:
+def _final_table(rows: Sequence[Row], grid: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Table:
     entries = []
     for count in images:
         ours = where(rows, images=count, rival=rivals[0])
         for rival in rivals:
             if own := where(rows, images=count, rival=rival):
                 ratio = "" if rival == rivals[0] else _ratio(ours, own)
-                entries.append([_count(count), rival, *_final_row(own, ratio)])
+                settings = _settings(own, where(grid, rival=rival))
+                entries.append([_count(count), rival, *_final_row(own, ratio), settings])
     return Table("New clients, each method at its best", FINAL, entries, FINAL_NOTE)
 
 
@@ -118,8 +146,17 @@ def _final_row(rows: Sequence[Row], ratio: Entry) -> list[Entry]:
         *(ratio, _mean(clients, "copy"), _mean(clients, "population"), fmean(changes) if changes else None),
         _mean(clients, "others"),
         *(clients[0]["numbers"], clients[0]["bytes_received"]),
-        ", ".join(sorted({f"{row['rate']:g} x {row['steps']}" for row in rows})),
     ]
+
+
+def _settings(rows: Sequence[Row], grid: Sequence[Row]) -> str:
+    """Learning rate x steps, with an asterisk at what is at the edge of its grid."""
+
+    def told(value: float, tried: set[float]) -> str:
+        return f"{value:g}" + "*" * (len(tried) > 1 and value in (min(tried), max(tried)))
+
+    rates, steps = ({row[key] for row in grid} for key in ("rate", "steps"))
+    return ", ".join(sorted({f"{told(row['rate'], rates)} x {told(row['steps'], steps)}" for row in rows}))
 
 
 def _ratio(ours: Sequence[Row], theirs: Sequence[Row]) -> Entry:
@@ -165,12 +202,12 @@ def _best_so_far(rows: Sequence[Row], rivals: Sequence[str], count: int) -> str:
     )
 
 
-Differences = Mapping[tuple[str, int, str], Mapping[str, Interval]]
-"""By rival, images and kind: ours minus theirs, below 0 where ours is better."""
+Differences = Mapping[tuple[str, int, str], Mapping[str, Difference]]
+"""By rival, images and kind, then by figure."""
 
 
 def _differences(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Differences:
-    found: dict[tuple[str, int, str], dict[str, Interval]] = {}
+    found: dict[tuple[str, int, str], dict[str, Difference]] = {}
     for count in images:
         ours = people(where(rows, rival=rivals[0], images=count))
         kinds = sorted({client["kind"] for client in ours.values()}, reverse=True)
@@ -180,35 +217,47 @@ def _differences(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[in
                 pairs = [at for at, client in ours.items() if at in theirs and kind in (EVERYONE, client["kind"])]
                 if pairs:
                     found[(rival, count, kind)] = {
-                        name: paired([ours[at][name] for at in pairs], [theirs[at][name] for at in pairs])
-                        for name in FIGURES
+                        name: _difference({at: ours[at][name] - theirs[at][name] for at in pairs}) for name in FIGURES
                     }
     return found
 
 
+def _difference(by_client: Mapping[tuple[int, str], float]) -> Difference:
+    seeds = {seed for seed, _ in by_client}
+    means = [fmean(value for at, value in by_client.items() if at[0] == seed) for seed in sorted(seeds)]
+    return Difference(interval(list(by_client.values())), interval(means))
+
+
 def _paired_table(differences: Differences, ours: str) -> Table:
-    columns = ("images", "new clients' classes", f"{ours} minus", "pairs", *FIGURES.values())
+    titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
+    columns = ("images", "new clients' classes", f"{ours} minus", "pairs", *titles)
     entries: list[list[Entry]] = [
-        [_count(count), kind, rival, found["loss"].num, *(_text(found[name]) for name in FIGURES)]
+        [_count(count), kind, rival, found["loss"].pooled.num, *_texts(found)]
         for (rival, count, kind), found in differences.items()
     ]
     note = (
-        "Mean paired difference and its 95 % interval (Student's t over clients and seeds, as if independent, though "
-        f"clients of a seed share its trained models); below 0 is better for {ours}; * excludes 0. Seen: the mix of "
-        "classes of a client that trained; mixed: half and half those of two; absent: a class that nobody had."
+        "Mean paired difference and its 95 % interval by Student's t: over all clients, as if they were independent, "
+        "though clients of a seed share its trained models, and over the means of the seeds, which errs to the other "
+        f"side with few of them. Below 0 is better for {ours}; * excludes 0. Seen: the mix of classes of a client that "
+        "trained; mixed: half and half those of two; absent: a class that nobody had."
     )
     return Table("Paired differences", columns, entries, note)
 
 
-def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Interval]) -> str:
+def _texts(found: Mapping[str, Difference]) -> list[str]:
+    return [_text(one) for name in FIGURES for one in (found[name].pooled, found[name].over_seeds)]
+
+
+def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Difference]) -> str:
     rival, count, _ = at
 
-    def verdict(difference: Interval) -> str:
-        if not difference.excludes(0):
+    def verdict(difference: Difference) -> str:
+        if not difference.pooled.excludes(0):
             return "no difference that can be told"
-        return "lower" if difference.mean < 0 else "higher"
+        held = "" if difference.over_seeds.excludes(0) else " (not over seeds alone)"
+        return ("lower" if difference.pooled.mean < 0 else "higher") + held
 
-    parts = [f"{title} {verdict(found[name])} ({_text(found[name])})" for name, title in FIGURES.items()]
+    parts = [f"{title} {verdict(found[name])}, {_text(found[name].pooled)}" for name, title in FIGURES.items()]
     return f"With {_count(count)} images, {ours} against {rival}: {'; '.join(parts)}."
 
 
@@ -220,7 +269,7 @@ def _paired_chart(differences: Differences, ours: str) -> Chart:
 
     def draw(axes: Axes) -> None:
         for line, (_, found) in enumerate(rows):
-            loss = found["loss"]
+            loss = found["loss"].pooled
             tone = "muted" if not loss.excludes(0) else "after" if loss.mean < 0 else "before"
             axes.plot([loss.low, loss.high], [line, line], color=COLOURS[tone], linewidth=2.4)
             axes.plot(loss.mean, line, "o", color=COLOURS[tone], markersize=6)

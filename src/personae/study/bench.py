@@ -33,10 +33,11 @@ POPULATION_IMAGES = 32
 
 
 def trained(folder: Path, recipe: str, changes: Sequence[str], seed: int) -> SavedRun:
-    """A recipe's run in a study's folder: begun, taken up where it was stopped, or as it stands."""
+    """A recipe's run in a study's folder, with the study's threads: begun, taken up where it stopped, or as it is."""
     if (folder / "config.toml").is_file():
         return resume(folder)
-    return run(load_recipe(recipe, [*changes, f"seed={seed}"]), folder)
+    own = [f"seed={seed}", f"machine.threads={torch.get_num_threads()}"]
+    return run(load_recipe(recipe, [*changes, *own]), folder)
 
 
 @lru_cache(maxsize=1)

@@ -171,9 +171,13 @@ def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
             for p in paired
         )
         verdict: Verdict = "agrees" if len(won) == len(paired) else "partly" if len(won) > len(lost) else "disagrees"
-        return Judged(
-            told, verdict, f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(paired)} cases"
+        alone = [p["over_seeds"] for p in (*won, *lost) if p["over_seeds"]["low"] is not None]  # none of a single seed
+        held = sum(found["low"] > 0 or found["high"] < 0 for found in alone)
+        why = (
+            f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(paired)} cases; "
+            f"in {held} of these also over the seeds' means alone"
         )
+        return Judged(told, verdict, why)
 
     return judge
 

@@ -38,7 +38,8 @@ class Variant:
 class Variants:
     """`question` is what the variants differ in, for the report. The first one is what the others are compared with.
 
-    `paired` is False where variants change who holds which images, so that clients cannot be compared one by one.
+    `paired` names the roles, of "train" and "new", whose clients hold the same images in every variant, so that they
+    are compared one by one.
     """
 
     question: str
@@ -46,12 +47,14 @@ class Variants:
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     changes: tuple[str, ...] = ()
-    paired: bool = True
+    paired: tuple[str, ...] = ("train", "new")
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
         if len(names) < 2 or len(set(names)) != len(names) or not self.seeds:
             raise ConfigError(f"variants are {names}, expected two or more with names of their own, and seeds")
+        if unknown := set(self.paired) - set(ROLES):
+            raise ConfigError(f"paired names {', '.join(sorted(unknown))}, expected of {', '.join(ROLES)}")
         for variant in self.variants:
             load_recipe(self.recipe, [*self.changes, *variant.changes])
 
@@ -102,7 +105,7 @@ class Variants:
         ours, theirs = (_values(found, which, role, figure) for which in (name, self.variants[0].name))
         if name == self.variants[0].name or min(len(ours), len(theirs)) < 2:
             return None
-        if self.paired:
+        if role in self.paired:
             both = [at for at in ours if at in theirs]
             return paired([ours[at] for at in both], [theirs[at] for at in both]) if both else None
         return unpaired(list(ours.values()), list(theirs.values()))

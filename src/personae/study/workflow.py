@@ -19,6 +19,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,9 @@ import torch
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import explained, json_text, read_json, write_bytes, write_json
 from personae.core import Round, ignore
-from personae.errors import ArtefactError
+from personae.errors import ArtefactError, PersonaeError
 from personae.recipe.config import STUDY, read_table
-from personae.recipe.environment import environment
+from personae.recipe.environment import keep_environment
 from personae.study.config import StudyRecipe, parse_study, study_toml
 from personae.study.report import write_study_report
 from personae.study.study import Answer, Cell, Row, Study
@@ -57,7 +58,11 @@ def run_study(
 
 
 def resume_study(folder: str | Path, *, watch: Watch = ignore) -> SavedStudy:
-    """Measure what is missing. Raises: ArtefactError, when the folder holds no study."""
+    """Measure what is missing.
+
+    Warns: UserWarning, when it goes on with other versions or another machine than it began with.
+    Raises: ArtefactError, when the folder holds no study, and what a measurement raises.
+    """
     return open_study(folder).finish(watch)
 
 
@@ -90,11 +95,11 @@ class SavedStudy:
         lock = RunFolder(self.folder)
         lock.hold()
         try:
-            if not (self.folder / "environment.json").is_file():
-                write_json(self.folder / "environment.json", environment(self.recipe.machine.threads, "cpu"))
             lines = self._lines()
             write_bytes(self.folder / "cells.jsonl", "".join(json_text(line) + "\n" for line in lines).encode())
             done = {_key(line["cell"]): line for line in lines}
+            if not all(_key(cell) in done for cell in self._cells(done)):
+                keep_environment(self.folder, self.recipe.machine.threads, "cpu")
             while missing := [cell for cell in self._cells(done) if _key(cell) not in done]:
                 total = len(self._cells(done))
                 for cell, line in self._measured(missing):
@@ -175,7 +180,16 @@ class SavedStudy:
                     waiting[pool.submit(_measure, self.study, cell, self.recipe.seed, self.folder)] = cell
                 done = wait(waiting, return_when=FIRST_COMPLETED).done
                 for future in sorted(done, key=lambda future: future.exception() is not None):  # keep what there is
-                    yield waiting.pop(future), future.result()
+                    cell = waiting.pop(future)
+                    try:
+                        line = future.result()
+                    except BrokenProcessPool as error:
+                        raise PersonaeError(
+                            f"{self.folder}: a process that measured was ended from outside, perhaps for want of "
+                            f"memory ({machine.workers} measured side by side, machine.workers in config.toml). What "
+                            f"was measured before is kept; continue with: personae resume {self.folder}"
+                        ) from error
+                    yield cell, line
 
 
 def _measure(study: Study, cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
