@@ -5,7 +5,8 @@ import pytest
 
 from personae.errors import ConfigError
 from personae.study.bench import open_bench
-from personae.study.embeddings import Embeddings, read_back
+from personae.study.embeddings import Embeddings
+from personae.study.embeddings_report import bend, counting_bend, read_back
 
 RNG = np.random.default_rng(0)
 SHARES = RNG.dirichlet([0.3] * 5, 40)
@@ -76,10 +77,19 @@ def test_the_answer_says_which_start_helps():
     )
     answer = STUDY.answer(rows)
     assert [f for f in answer.findings if f.startswith("Starting from the nearest")]
-    assert answer.numbers["walk"] == {"bend": pytest.approx(0.3), "ends": pytest.approx(1.0)}
+    walk = answer.numbers["walk"]
+    assert walk["bend"] == pytest.approx(0.3) and walk["ends"] == pytest.approx(1.0) and 0 < walk["counting"] < 0.1
     assert [picture.path for picture in answer.pictures] == ["w.png"]
 
 
 def test_problems_are_named():
     with pytest.raises(ConfigError, match="expected at least 4 and 2"):
         Embeddings("digits/spire", (0,), 0.1, 5, (0,), num_mixes=2)
+
+
+def test_counting_alone_bends_a_straight_walk_the_less_the_more_is_counted():
+    straight = np.linspace(0, 1, 5)[:, None] * SHARES[0] + np.linspace(1, 0, 5)[:, None] * SHARES[1]
+    assert bend(straight) == pytest.approx(0)
+    few, many = (counting_bend(straight, number) for number in (100, 10_000))
+    assert 0.02 < few < 0.2 and many == pytest.approx(few / 10, rel=0.3)
+    assert bend(straight[[0, 4]]) == 0.0

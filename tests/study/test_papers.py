@@ -66,6 +66,19 @@ def test_rivals_must_be_beaten_everywhere(means, verdict):
     assert papers.beats_rivals("loss")({}).verdict == "not measured"
 
 
+def test_a_share_of_the_weights_is_judged_by_the_number():
+    few, many = ({"sizes": [{"variant": "a", "trained": n, "parameters": 10**7}]} for n in (1000, 1001))
+    assert papers.few_numbers(few).verdict == "agrees" and papers.few_numbers(many).verdict == "partly"
+
+
+@pytest.mark.parametrize(("lows", "verdict"), [((0.1, 0.2), "agrees"), ((0.1, -0.1), "partly"), ((-0.1,), "disagrees")])
+def test_without_embeddings_in_training_new_clients_must_do_worse(lows, verdict):
+    own = {"clients": "new", "figure": "heldout_loss", "variant": "without"}
+    found = [{**own, "mean": low + 0.1, "low": low, "high": low + 0.2} for low in lows]
+    others = [{**found[0], "clients": "train", "low": -1.0}, {**found[0], "figure": "histogram_distance", "low": -1.0}]
+    assert papers.has_to_be_trained_with({"differences": [*found, *others]}).verdict == verdict
+
+
 def test_forgetting_is_nothing_or_something():
     assert papers.forgets_nothing({"largest_change_of_others": 0.0}).verdict == "agrees"
     assert papers.forgets_nothing({"largest_change_of_others": 1e-9}).verdict == "disagrees"

@@ -9,7 +9,7 @@ STUDY = Variants("width", "digits/spire", (Variant("128"), Variant("4", ("backbo
 
 
 def client(loss, role="new"):
-    return {"role": role, "heldout_loss": loss, "histogram_distance": loss / 2}
+    return {"role": role, "heldout_loss": loss, "histogram_distance": loss / 2, "trained_parameters": 128}
 
 
 def rows(study, worse=0.05):
@@ -19,7 +19,7 @@ def rows(study, worse=0.05):
     for cell in study.cells([]):
         more = worse if cell["variant"] == "4" else 0.0
         clients = {name: client(loss + more + 1e-3 * i * bool(more)) for i, (name, loss) in enumerate(luck.items())}
-        found.append({**cell, "clients": clients})
+        found.append({**cell, "clients": clients, "parameters": 300_000})
     return found
 
 
@@ -38,6 +38,11 @@ def test_pairs_see_what_is_hidden_by_the_clients_differences():
     unpaired = Variants("width", "digits/spire", STUDY.variants, (0, 1), paired=())
     loss = next(d for d in unpaired.answer(rows(unpaired)).numbers["differences"] if d["figure"] == "heldout_loss")
     assert loss["low"] < 0 < loss["high"]
+
+
+def test_how_much_a_new_client_trains_is_kept():
+    sizes = STUDY.answer(rows(STUDY)).numbers["sizes"]
+    assert sizes == [{"variant": name, "trained": 128, "parameters": 300_000} for name in ("128", "4")]
 
 
 def test_no_difference_is_said_too():

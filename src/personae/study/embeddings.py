@@ -12,20 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
 from personae.artefact.save import load_state
 from personae.core import ClientData, Images, Training, stream
 from personae.engine.together import personalize_many
 from personae.errors import ConfigError
-from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.grids import save_grid
 from personae.evaluate.histogram import class_histogram, histogram_distance
 from personae.evaluate.loss import denoising_loss
@@ -33,8 +29,8 @@ from personae.local.fit import fit_together
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 from personae.recipe.config import load_recipe
 from personae.study.bench import Bench, open_bench, trained
-from personae.study.stats import interval, paired
-from personae.study.study import Answer, Cell, Chart, Entry, Picture, Row, Table, where
+from personae.study.embeddings_report import embeddings_answer
+from personae.study.study import Answer, Cell, Row
 
 TOGETHER = 10
 """Made-up clients that adapt in one batch."""
@@ -193,16 +189,7 @@ class Embeddings:
     # --- the answer ----------------------------------------------------------------------------------------------
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        parts = [_read_answer(where(found, stage="read")), _start_answer(where(found, stage="start"), self.start_steps)]
-        parts.append(_walk_answer(where(found, stage="walk")))
-        known = [part for part in parts if part is not None]
-        return Answer(
-            [finding for part in known for finding in part.findings],
-            {key: value for part in known for key, value in part.numbers.items()},
-            [table for part in known for table in part.tables],
-            [drawn for part in known for drawn in part.charts],
-            [picture for part in known for picture in part.pictures],
-        )
+        return embeddings_answer(found, STARTS, self.start_steps, self.num_drawn)
 
 
 def _trained_vectors(bench: Bench, folder: Path) -> dict[str, Tensor]:
@@ -219,170 +206,3 @@ def _parts(data: ClientData) -> tuple[Images, Images]:
 def _joined(parts: Sequence[Images]) -> Images:
     labels = [part.labels for part in parts if part.labels is not None]
     return Images(torch.cat([part.pixels for part in parts]), torch.cat(labels))
-
-
-@dataclass(frozen=True)
-class ReadBack:
-    """Of one client that was not in the fit: total variation between its mix and what was read, or guessed."""
-
-    read: float
-    guessed: float
-    drawn: float
-
-
-def read_back(vectors: np.ndarray, shares: np.ndarray, drawn: Sequence[float]) -> tuple[list[ReadBack], float]:
-    """Even clients by a ridge regression from vector to mix that was fitted on the odd ones, and the other way round.
-
-    "Guessed" is the mean mix of those it was fitted on. Also the share of the variance that is explained, over all
-    clients. The penalty is chosen within the fit.
-
-    Shapes: vectors [N, D], shares [N, classes].
-    """
-    told, guessed = np.empty_like(shares), np.empty_like(shares)
-    for half in (0, 1):
-        fitted = RidgeCV(alphas=np.logspace(-3, 4, 15)).fit(vectors[1 - half :: 2], shares[1 - half :: 2])
-        positive = np.clip(fitted.predict(vectors[half::2]), 0, None)
-        told[half::2] = positive / np.maximum(positive.sum(1, keepdims=True), 1e-12)
-        guessed[half::2] = shares[1 - half :: 2].mean(0)
-    explained = 1 - ((told - shares) ** 2).sum() / ((guessed - shares) ** 2).sum()
-    rows = zip(told, guessed, shares, drawn, strict=True)
-    return [ReadBack(_variation(t, s), _variation(g, s), d) for t, g, s, d in rows], float(explained)
-
-
-def _variation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).sum() / 2)
-
-
-def _read_answer(rows: Sequence[Row]) -> Answer | None:
-    by_seed: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_seed.setdefault(row["seed"], []).extend(row["clients"].values())
-    by_seed = {seed: people for seed, people in by_seed.items() if len(people) >= 4}
-    if not by_seed:
-        return None
-    told: list[ReadBack] = []
-    explained = []
-    for people in by_seed.values():
-        vectors, shares = (np.array([client[key] for client in people]) for key in ("vector", "shares"))
-        results, share = read_back(vectors, shares, [client["distance"] for client in people])
-        told += results
-        explained.append(share)
-    read, guess, drawn = (fmean(getattr(one, key) for one in told) for key in ("read", "guessed", "drawn"))
-    gain = paired([one.read for one in told], [one.guessed for one in told])
-    entries: list[list[Entry]] = [
-        ["the linear map, fitted on clients without a common image", read],
-        ["the mean mix of those clients", guess],
-        ["what the client's own model draws", drawn],
-    ]
-    note = f"{len(told)} made-up clients of {len(by_seed)} seeds, each half asked about by the other. 0 is equal."
-    finding = (
-        f"A client's mix of classes read from its embedding by a linear map fitted on other clients: total variation "
-        f"{read:.3f}, against {guess:.3f} for guessing the mean mix ({gain.low:+.3f} to {gain.high:+.3f}); "
-        f"{100 * fmean(explained):.0f} % of the variance between clients explained."
-    )
-
-    def draw(axes: Axes) -> None:
-        for one in told:
-            axes.plot(one.guessed, one.read, "o", color=COLOURS["after"], markersize=4, alpha=0.6)
-        top = max(one.guessed for one in told)
-        axes.plot([0, top], [0, top], color=COLOURS["muted"], linewidth=0.8)
-        axes.set(
-            xlabel="guessing the mean mix", ylabel="read from the embedding", title="Total variation to the real mix"
-        )
-        axes.set(xlim=(0, None), ylim=(0, None))
-
-    drawing = chart("read", 4.4, 3.8, draw, "Mix of classes read from embeddings, client by client")
-    numbers = {"read": read, "guessed": guess, "drawn": drawn, "explained": fmean(explained), "clients": len(told)}
-    return Answer(
-        [finding],
-        {"reading": {**numbers, "gain_low": gain.low, "gain_high": gain.high}},
-        [Table("How far from a client's mix of classes", ("source", "total variation"), entries, note)],
-        [
-            Chart(
-                "read", drawing, "Every dot is a client that the map was not fitted on; below the line, reading helps."
-            )
-        ],
-    )
-
-
-def _walk_answer(rows: Sequence[Row]) -> Answer | None:
-    if not rows:
-        return None
-    bends = []
-    for row in rows:
-        shares = np.array(row["shares"])
-        along = np.linspace(0, 1, len(shares))[:, None]
-        straight = (1 - along) * shares[0] + along * shares[-1]
-        bends.append(float(np.abs(shares - straight).sum(1)[1:-1].mean() / 2) if len(shares) > 2 else 0.0)
-    ends = fmean(float(np.abs(np.array(row["shares"][0]) - np.array(row["shares"][-1])).sum() / 2) for row in rows)
-    first = rows[0]
-
-    def draw(axes: Axes) -> None:
-        shares = np.array(first["shares"])
-        for label in np.argsort(-shares.max(0))[:4]:
-            axes.plot(
-                np.linspace(0, 1, len(shares)), shares[:, label], marker="o", markersize=4, label=f"class {label}"
-            )
-        axes.set(xlabel=f"from {first['from']} to {first['to']}", ylabel="share of samples", ylim=(0, 1))
-        axes.set(title="Classes along a straight line between two embeddings")
-        axes.legend(loc="best")
-
-    finding = (
-        f"Along straight lines between two clients' embeddings, the classes drawn are on average {fmean(bends):.3f} "
-        f"(total variation) from the straight mix of the two ends, which are {ends:.3f} apart."
-    )
-    pictures = [
-        Picture(row["picture"], f"From {row['from']} (left column) to {row['to']} (right column), seed {row['seed']}.")
-        for row in rows
-    ]
-    drawing = chart("walk", 5.2, 3.4, draw, "Class shares between two embeddings")
-    shown = Chart("walk", drawing, "The four most frequent classes of the first walk.")
-    return Answer([finding], {"walk": {"bend": fmean(bends), "ends": ends}}, (), [shown], pictures)
-
-
-def _start_answer(rows: Sequence[Row], steps: Sequence[int]) -> Answer | None:
-    losses = {
-        (row["start"], row["steps"], row["seed"], name): client
-        for row in rows
-        for name, client in row["clients"].items()
-    }
-    if not losses:
-        return None
-
-    def values(start: str, number: int, figure: str) -> dict[tuple[int, str], float]:
-        return {at[2:]: c[figure] for at, c in losses.items() if at[:2] == (start, number)}  # type: ignore[misc]
-
-    entries: list[list[Entry]] = []
-    findings, numbers = [], []
-    for start in STARTS:
-        for number in steps:
-            loss, distance = (values(start, number, figure) for figure in ("loss", "distance"))
-            if not loss:
-                continue
-            entries.append([start, number, fmean(loss.values()), fmean(distance.values())])
-            base = values(STARTS[0], number, "loss")
-            both = [at for at in loss if at in base]
-            if start != STARTS[0] and len(both) > 1:
-                gain = paired([loss[at] for at in both], [base[at] for at in both])
-                numbers.append({"start": start, "steps": number, **vars(gain)})
-                if gain.excludes(0):
-                    way = "lower" if gain.mean < 0 else "higher"
-                    findings.append(
-                        f"Starting from the {start} instead of the population's vector, the held-out loss after "
-                        f"{number} steps is {abs(gain.mean):.3g} {way} ({gain.low:+.3g} to {gain.high:+.3g})."
-                    )
-
-    def draw(axes: Axes) -> None:
-        for start, tone in zip(STARTS, ("after", "before", "up"), strict=True):
-            means = [(n, interval(list(values(start, n, "loss").values()))) for n in steps if values(start, n, "loss")]
-            axes.plot([n for n, _ in means], [m.mean for _, m in means], color=COLOURS[tone], marker="o", label=start)
-        axes.set(xlabel="steps", title="Held-out loss of new clients, by start of the embedding")
-        axes.set_xticks(steps)
-        axes.legend(loc="best")
-
-    table = Table("Starts of a new embedding", ("start", "steps", "held-out loss", "histogram distance"), entries)
-    drawing = chart("start", 5.2, 3.4, draw, "Held-out loss by start and steps")
-    shown = Chart(
-        "start", drawing, "The mean and the nearest need the training clients' embeddings, which stay with them."
-    )
-    return Answer(findings, {"starts": numbers}, [table], [shown])

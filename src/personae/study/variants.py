@@ -98,7 +98,13 @@ class Variants:
         columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in ROLES for what in FIGURES.values()))
         note = f"Means over clients and seeds. Recipe: {self.recipe}."
         charts = [self._chart(found, names, figure) for figure in FIGURES]
-        return Answer(findings, {"differences": numbers}, [Table(self.question, columns, entries, note)], charts)
+        sizes = [
+            {"variant": row["variant"], "trained": _trained_by_new(row), "parameters": row["parameters"]}
+            for row in where(found, seed=found[0]["seed"])
+        ]
+        return Answer(
+            findings, {"differences": numbers, "sizes": sizes}, [Table(self.question, columns, entries, note)], charts
+        )
 
     def _difference(self, found: Sequence[Row], name: str, role: str, figure: str) -> Interval | None:
         """A variant minus the first one, over the clients of all seeds that both have measured."""
@@ -129,6 +135,11 @@ class Variants:
 
         drawing = chart(figure, max(4.2, 1.15 * len(names) + 1), 3.3, draw, f"{FIGURES[figure]} by variant")
         return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
+
+
+def _trained_by_new(row: Row) -> int:
+    """How many numbers a new client trains."""
+    return max(client["trained_parameters"] for client in row["clients"].values() if client["role"] == "new")
 
 
 def _values(found: Sequence[Row], variant: str, role: str, figure: str) -> dict[tuple[int, str], float]:
