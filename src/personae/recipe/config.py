@@ -263,16 +263,19 @@ def nearest(word: str, valid: Any) -> str:
 
 def _together(recipe: Recipe) -> list[str]:
     """Problems that no single field shows."""
+    return [*_federation(recipe), *_data(recipe), *_partition(recipe), *_model_and_machine(recipe)]
+
+
+def _federation(recipe: Recipe) -> list[str]:
     from personae.aggregate import RULES
     from personae.engine import ENGINES
-    from personae.infer.sample import check_steps
     from personae.recipe.build import patience
 
-    problems = []
+    problems, cohort, minimum = [], recipe.cohort, recipe.federation.minimum
     if recipe.rounds < 1:
         problems.append(f"rounds: {recipe.rounds}, expected at least 1")
-    if recipe.cohort is not None and recipe.cohort < 1:
-        problems.append(f"cohort: {recipe.cohort}, expected at least 1, or left out for all clients")
+    if cohort is not None and cohort < 1:
+        problems.append(f"cohort: {cohort}, expected at least 1, or left out for all clients")
     if recipe.engine not in ENGINES:
         problems.append(f"engine: {recipe.engine!r} is unknown{nearest(recipe.engine, ENGINES)}")
     if recipe.aggregation.rule not in RULES:
@@ -283,61 +286,74 @@ def _together(recipe: Recipe) -> list[str]:
         problems += _attackers(recipe)
     if (norm := recipe.aggregation.clip_norm) is not None and not 0 < norm < math.inf:
         problems.append(f"aggregation.clip_norm: {norm}, expected above 0, or left out for no clipping")
-    if recipe.federation.minimum is not None and not 1 <= recipe.federation.minimum <= (recipe.cohort or math.inf):
-        problems.append(
-            f"federation.minimum: {recipe.federation.minimum}, expected 1 to {recipe.cohort or 'all'}, the cohort"
-        )
+    if minimum is not None and not 1 <= minimum <= (cohort or math.inf):
+        problems.append(f"federation.minimum: {minimum}, expected 1 to {cohort or 'all'}, the cohort")
     try:
         patience(recipe)
     except ConfigError as error:
         problems.append(str(error))
     if recipe.engine == "flower" and recipe.data.pooled:
         problems.append("data.pooled: everybody's images in one place need the engine 'in_process'")
-    if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
-        problems.append("backbone: exactly one of preset and folder is needed")
-    for name, share in (("heldout", recipe.data.heldout), ("heldout_new", recipe.data.heldout_new)):
+    return problems
+
+
+def _data(recipe: Recipe) -> list[str]:
+    problems, data = [], recipe.data
+    for name, share in (("heldout", data.heldout), ("heldout_new", data.heldout_new)):
         if share is not None and not 0 < share < 1:
             problems.append(f"data.{name}: {share}, expected between 0 and 1")
-    if recipe.data.source in ("clients", "folder") and recipe.data.path is None:
-        problems.append(f"data.path: needed for source {recipe.data.source!r}")
-    if recipe.data.source in ("clients", "folder") and recipe.data.size is None:
-        problems.append(f"data.size: needed for source {recipe.data.source!r}, in pixels")
-    if recipe.data.source == "clients" and recipe.data.partition is not None:
+    if data.source in ("clients", "folder") and data.path is None:
+        problems.append(f"data.path: needed for source {data.source!r}")
+    if data.source in ("clients", "folder") and data.size is None:
+        problems.append(f"data.size: needed for source {data.source!r}, in pixels")
+    if data.source == "clients" and data.partition is not None:
         problems.append("data.partition: source 'clients' is already spread over clients; leave it out")
-    if recipe.data.source != "clients" and recipe.data.partition is None:
+    if data.source != "clients" and data.partition is None:
         problems.append("data.partition: missing; it says how the images are spread over clients")
-    if (p := recipe.data.partition) is not None:
-        if not p.num_clients - p.num_new >= 1:
-            problems.append(f"data.partition: {p.num_clients} clients of which {p.num_new} are new leave none to train")
-        if p.num_new < 0:
-            problems.append(f"data.partition.num_new: {p.num_new}, expected at least 0")
-        if p.kind == "dirichlet" and p.alpha is None:
-            problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
-        if p.kind == "unseen" and None in (p.images_per_client, p.images_per_new):
-            problems.append("data.partition: 'unseen' needs images_per_client and images_per_new")
-        if p.kind == "fixed_new" and None in (p.alpha, p.classes_per_client, p.images_per_new):
-            problems.append("data.partition: 'fixed_new' needs alpha, classes_per_client and images_per_new")
-        if p.kind == "by_label" and p.classes_per_client is None:
-            problems.append("data.partition.classes_per_client: missing for 'by_label'")
-        if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new >= 1:
-            problems.append(f"cohort: {recipe.cohort}, but only {p.num_clients - p.num_new} clients train")
-    for name, low in (
-        ("num_images", 1),
-        ("loss_grid", 1),
-        ("loss_draws", 1),
-        ("kid_subsets", 1),
-        ("kid_subset_size", 2),
-    ):
-        if getattr(recipe.evaluation, name) < low:
-            problems.append(f"evaluation.{name}: {getattr(recipe.evaluation, name)}, expected at least {low}")
+    return problems
+
+
+def _partition(recipe: Recipe) -> list[str]:
+    if (p := recipe.data.partition) is None:
+        return []
+    problems = []
+    if not p.num_clients - p.num_new >= 1:
+        problems.append(f"data.partition: {p.num_clients} clients of which {p.num_new} are new leave none to train")
+    if p.num_new < 0:
+        problems.append(f"data.partition.num_new: {p.num_new}, expected at least 0")
+    if p.kind == "dirichlet" and p.alpha is None:
+        problems.append("data.partition.alpha: missing; the concentration of 'dirichlet'")
+    if p.kind == "unseen" and None in (p.images_per_client, p.images_per_new):
+        problems.append("data.partition: 'unseen' needs images_per_client and images_per_new")
+    if p.kind == "fixed_new" and None in (p.alpha, p.classes_per_client, p.images_per_new):
+        problems.append("data.partition: 'fixed_new' needs alpha, classes_per_client and images_per_new")
+    if p.kind == "by_label" and p.classes_per_client is None:
+        problems.append("data.partition.classes_per_client: missing for 'by_label'")
+    if recipe.cohort is not None and recipe.cohort > p.num_clients - p.num_new >= 1:
+        problems.append(f"cohort: {recipe.cohort}, but only {p.num_clients - p.num_new} clients train")
+    return problems
+
+
+AT_LEAST = {
+    "evaluation": {"num_images": 1, "loss_grid": 1, "loss_draws": 1, "kid_subsets": 1, "kid_subset_size": 2},
+    "machine": {"threads": 1, "checkpoint_every": 1},
+}
+
+
+def _model_and_machine(recipe: Recipe) -> list[str]:
+    from personae.infer.sample import check_steps
+
+    problems = []
+    if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
+        problems.append("backbone: exactly one of preset and folder is needed")
+    for table, fields in AT_LEAST.items():
+        found = {name: getattr(getattr(recipe, table), name) for name in fields}
+        problems += [f"{table}.{n}: {found[n]}, expected at least {low}" for n, low in fields.items() if found[n] < low]
     if recipe.backbone.folder is None:
         try:
             check_steps(recipe.sampling.sampler, recipe.sampling.steps, recipe.backbone.num_timesteps)
         except ConfigError as error:
             problems.append(f"sampling.steps: {error}")
-    for name in ("threads", "checkpoint_every"):
-        if getattr(recipe.machine, name) < 1:
-            problems.append(f"machine.{name}: {getattr(recipe.machine, name)}, expected at least 1")
     return problems
 
 
