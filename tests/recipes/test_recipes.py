@@ -73,6 +73,14 @@ LITTLE_RUN = (
     *("evaluation.kid_subsets=2", "method.adapt.steps=2"),
 )
 LITTLE = {
+    "pretraining": {
+        "autoencoder_stretches": 1,
+        "denoiser_stretches": 1,
+        "num_scenes": 4,
+        "copies": 1,
+        "autoencoder": {"steps": 2, "lr": 1e-3, "batch_size": 4, "optimizer": "adamw"},
+        "denoiser": {"steps": 2, "lr": 1e-3, "batch_size": 4},
+    },
     "adaptation": {"tuned_on": [0], "seeds": [1], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},
     "embeddings": {"seeds": [0], "steps": 2, "start_steps": [0], "num_mixes": 4, "num_walks": 1, "num_drawn": 8},
     "components": {
@@ -116,6 +124,9 @@ def as_little_as_possible(name):
     settings |= LITTLE[table["study"]]
     if "variants" in settings:
         settings["variants"] = settings["variants"][:2]  # all of them are read by tests/study/test_config.py
+    if "rivals" in settings:
+        settings["rivals"] = settings["rivals"][:2]
+        settings["changes"] += ["data.partition.num_clients=8", "data.partition.num_new=3", "cohort=2"]
     for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ())):
         if "changes" in part:
             part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +31,10 @@ ATTRIBUTES = {
 PERCENT = {"glasses": 35, "beard": 25, "hat": 25}
 """How many of a hundred faces wear it, in a style that can draw it. The other attributes are left to the style."""
 
+CLASSES = ("glasses", "hat", "long hair")
+"""The attributes that make up a face's class: those that can be told at 16 pixels, where a beard or a smile is a few
+pixels of nearly the colour of the skin."""
+
 BACKGROUNDS = ["b6e3f4", "ffdfbf", "d1d4f9", "c0aede"]
 
 
@@ -37,7 +42,9 @@ def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
     """`n` faces in a DiceBear style, the same ones at every call; the first of them do not depend on `n`.
 
     Attributes are those of ATTRIBUTES that the style can draw: all five in "pixel-art", whose own size is 16.
-    Captions read "a happy pixel-art face with glasses, long hair". There are no labels.
+    Captions read "a happy pixel-art face with glasses, long hair". A class is one combination of those of CLASSES that
+    the style can draw, called "plain", "glasses", "hat", "glasses, hat" and so on; without any there are no labels.
+    The eight classes of "pixel-art" have shares of 25, 14, 9, 5, 23, 13, 7 and 4 %, in the order of FACE_NAMES.
 
     Shapes: pixels [n, 3, size, size].
     Raises: ConfigError, when a package is missing, `style` is unknown or has no attribute, or `n` or `size` is below 1.
@@ -69,8 +76,24 @@ def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
         pixels.append(_pixels(svg_to_bytes(svg_string=face["svg"])))
         attributes.append([_has(face["options"], name) for name in names])
     captions = tuple(_caption(style, [name for name, has in zip(names, row, strict=True) if has]) for row in attributes)
-    images = Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), None, captions)
-    return Source(images, (), torch.tensor(attributes, dtype=torch.int64), names)
+    known = torch.tensor(attributes, dtype=torch.int64)
+    telling = [name for name in CLASSES if name in names]
+    bits = 2 ** torch.arange(len(telling))
+    labels = known[:, [names.index(name) for name in telling]] @ bits if telling else None
+    images = Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), labels, captions)
+    return Source(images, class_names(telling) if telling else (), known, names)
+
+
+def class_names(attributes: Sequence[str]) -> tuple[str, ...]:
+    """Names of the 2^A combinations of attributes; combination n has attribute a where bit a of n is 1."""
+    return tuple(
+        ", ".join(name for place, name in enumerate(attributes) if number >> place & 1) or "plain"
+        for number in range(2 ** len(attributes))
+    )
+
+
+FACE_NAMES = class_names(CLASSES)
+"""The classes of "pixel-art"."""
 
 
 def _definition(style: str) -> Any:

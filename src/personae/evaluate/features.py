@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu, relu6
 
 from personae.artefact.save import load_arrays
+from personae.data.faces import FACE_NAMES
 from personae.data.sources import DIGIT_NAMES, FASHION_NAMES
 from personae.errors import ArtefactError, ConfigError, ShapeError
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-NATIVE_SIZES = {"digits": 8, "mnist5k": 28, "fashion": 28}
+NATIVE_SIZES = {"digits": 8, "mnist5k": 28, "fashion": 28, "faces": 16}
 """Data sets with a classifier of their own, and the height and width of its images."""
+
+LABEL_NAMES = {"digits": DIGIT_NAMES, "mnist5k": DIGIT_NAMES, "fashion": FASHION_NAMES, "faces": FACE_NAMES}
+"""What those classifiers tell apart."""
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -51,15 +55,16 @@ class Features:
 
 
 class SmallCNN(nn.Module):
-    """A classifier of small grey images, with 40,618 parameters and 64 features before the last layer.
+    """A classifier of small images, with 64 features before the last layer; of grey ones it has 40,618 parameters.
 
+    With one channel it averages colours to grey, with three it repeats grey.
     benchmarks/train_classifiers.py trains it; weights/MODEL_CARD.md says how well it does.
     """
 
-    def __init__(self, size: int, num_classes: int = 10) -> None:
+    def __init__(self, size: int, num_classes: int = 10, channels: int = 1) -> None:
         super().__init__()
-        self.size = size
-        widths = (1, 16, 32, 64)
+        self.size, self.channels = size, channels
+        widths = (channels, 16, 32, 64)
         self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.hidden = nn.Linear(4 * widths[-1], 64)
@@ -67,7 +72,8 @@ class SmallCNN(nn.Module):
 
     def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 64"]:
         """Units: images in 0..1."""
-        x = resized(images.mean(1, keepdim=True), self.size) * 2 - 1
+        x = images.mean(1, keepdim=True) if self.channels == 1 else images.expand(-1, self.channels, -1, -1)
+        x = resized(x, self.size) * 2 - 1
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = relu(norm(conv(x)))
             x = nn.functional.max_pool2d(x, 2) if index < 2 else nn.functional.adaptive_avg_pool2d(x, 2)
@@ -78,22 +84,27 @@ class SmallCNN(nn.Module):
         return self.last(self.features(images))
 
 
-def classifier(name: str) -> Features:
-    """The classifier of one data set: "digits", "mnist5k" or "fashion". Its map is named `name`-cnn.
+def untrained(name: str) -> SmallCNN:
+    """The network of one data set's classifier; only that of "faces" sees colours."""
+    return SmallCNN(NATIVE_SIZES[name], len(LABEL_NAMES[name]), 3 if name == "faces" else 1)
 
-    Colours are averaged to grey, and images of another size are resized.
+
+def classifier(name: str) -> Features:
+    """The classifier of one data set: "digits", "mnist5k", "fashion" or "faces". Its map is named `name`-cnn.
+
+    For the first three, colours are averaged to grey. Images of another size are resized.
     Raises: ConfigError, when the data set has none.
     """
     if name not in NATIVE_SIZES:
         raise ConfigError(f"no classifier is called {name!r}; expected one of {', '.join(NATIVE_SIZES)}")
-    net = SmallCNN(NATIVE_SIZES[name])
+    net = untrained(name)
     net.load_state_dict(load_arrays(WEIGHTS / f"{name}.safetensors"))
     net.eval()
     return Features(
         f"{name}-cnn",
         partial(_batched, net.features),
         lambda images: _batched(net, images).argmax(1),
-        FASHION_NAMES if name == "fashion" else DIGIT_NAMES,
+        LABEL_NAMES[name],
     )
 
 
@@ -229,11 +240,12 @@ FEATURES: dict[str, Callable[[], Features]] = {
     "digits": partial(classifier, "digits"),
     "mnist5k": partial(classifier, "mnist5k"),
     "fashion": partial(classifier, "fashion"),
+    "faces": partial(classifier, "faces"),
     "lite0": lite0,
 }
 """By the name that a recipe uses."""
 
-WITHOUT = ("none", "faces", "clients", "folder")
+WITHOUT = ("none", "clients", "folder")
 """Names that stand for no feature map: "none" itself, and the data sources that have none of their own."""
 
 

@@ -54,12 +54,14 @@ def sample(
     steps: int = 50,
     unconditional: bool = False,
     guidance: float = 1.0,
+    captions: Sequence[str] = (),
     batch_size: int = 256,
 ) -> Float32[Tensor, "{num_images} ..."]:
     """Draw from what the model has loaded. Returned on the CPU, in the model's range.
 
-    `unconditional` draws from the population (the null vector); `guidance` g gives
-    prediction = null + g (own - null), and costs a second pass unless it is 1.
+    `captions`, one for each image or none, say what a text-to-image model is to draw. `unconditional` draws from the
+    population (the null vector, the empty caption); `guidance` g gives prediction = null + g (own - null), and costs a
+    second pass unless it is 1.
 
     Raises: ConfigError, when an argument is out of range.
     """
@@ -71,6 +73,7 @@ def sample(
         steps=steps,
         unconditional=unconditional,
         guidance=guidance,
+        captions=captions,
         batch_size=batch_size,
     )[0]
 
@@ -85,6 +88,7 @@ def sample_together(
     steps: int = 50,
     unconditional: bool = False,
     guidance: float = 1.0,
+    captions: Sequence[str] = (),
     batch_size: int = 256,
 ) -> Float32[Tensor, "{len(rngs)} {num_images} ..."]:
     """The same for every client that the model holds, each from its own generator: what it would draw alone, up to
@@ -97,6 +101,8 @@ def sample_together(
     if num_images < 1:
         raise ConfigError(f"{num_images} images were asked for, expected at least 1")
     check_steps(sampler, steps, model.schedule.num_timesteps)
+    if len(captions) not in (0, num_images):
+        raise ConfigError(f"{len(captions)} captions were given for {num_images} images; give one for each, or none")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     if (held := clients_in(model.live())) != len(rngs):
@@ -114,9 +120,9 @@ def sample_together(
             scheduler.set_timesteps(steps)
             x_t = torch.cat([torch.randn(count, *model.sample_shape, generator=rng) for rng in own]).to(device)
             rows = clients.to(device).repeat_interleave(count)
+            told = tuple(captions[start : start + count]) * len(own)
             conds = [
-                model.condition(Batch(x_t, torch.full((len(x_t),), null, device=device), clients=rows))
-                for null in nulls
+                model.condition(Batch(x_t, torch.full((len(x_t),), null, device=device), told, rows)) for null in nulls
             ]
             x_0 = _denoised(model, scheduler, x_t, conds, guidance, own)
             parts.append(model.decode(x_0).float().cpu().unflatten(0, (len(own), count)))

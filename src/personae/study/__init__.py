@@ -9,6 +9,7 @@ from personae.study.embeddings import Embeddings
 from personae.study.imperfect_backbone import ImperfectBackbone
 from personae.study.mixing_weight import MixingWeight
 from personae.study.mixture_federation import MixtureFederation
+from personae.study.pretraining import Pretraining
 from personae.study.variants import Variants
 
 STUDIES: Mapping[str, Any] = {
@@ -18,6 +19,7 @@ STUDIES: Mapping[str, Any] = {
     "imperfect_backbone": ImperfectBackbone,
     "mixing_weight": MixingWeight,
     "mixture_federation": MixtureFederation,
+    "pretraining": Pretraining,
     "variants": Variants,
 }
 """By the name that a recipe uses."""

@@ -1,0 +1,100 @@
+"""New words of a text encoder, each a few vectors of its own beside the table of known tokens.
+
+A word's vectors are one parameter, "tokens.<word>" [V, D]. The table itself never moves.
+
+Letters in shapes: `B` batch, `L` tokens, `V` vectors of a word, `D` width of a token's vector.
+
+Source: Gal et al. 2022, Textual Inversion, arXiv:2208.01618. Several vectors for a word: appendix B there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from personae.errors import ConfigError
+
+TOKENS = "tokens."
+
+
+@dataclass(frozen=True)
+class Words:
+    """New words, such as "<rex>", each of `num_vectors` vectors that start as those of `start`, a known word."""
+
+    words: tuple[str, ...]
+    start: str
+    num_vectors: int = 1
+
+    def __post_init__(self) -> None:
+        odd = [word for word in self.words if word != word.lower() or word.split() != [word]]
+        if not self.words or odd or len(set(self.words)) != len(self.words) or self.num_vectors < 1:
+            raise ConfigError(
+                f"tokens: words are {list(self.words)} of {self.num_vectors} vectors; expected different words in "
+                "lower case without white space, such as <rex>, and at least 1 vector"
+            )
+
+
+class NewWords(nn.Module):
+    """The rows of new words, which stand in for a table's rows wherever their numbers appear.
+
+    Numbers from `first` on, the table's length, are new rows, in the order of the words.
+    Raises: ConfigError, when the tokenizer already knows a word as one token, or does not know `start`.
+    """
+
+    def __init__(self, options: Words, tokenizer: Any, table: nn.Embedding) -> None:
+        super().__init__()
+        self.options, self.first, self._table = options, table.num_embeddings, [table]
+        known = set(tokenizer.get_vocab())
+        for word in options.words:
+            pieces = tokenizer.tokenize(word)
+            if word in known or len(pieces) < 2:
+                raise ConfigError(
+                    f"tokens: the tokenizer already knows {word!r}; choose a word that it does not, such as <{word}>"
+                )
+        start = tokenizer(options.start, add_special_tokens=False)["input_ids"]
+        if len(start) != 1:
+            raise ConfigError(
+                f"tokens: the word {options.start!r} to start from is {len(start)} tokens "
+                f"({', '.join(tokenizer.tokenize(options.start))}), expected one; choose a simpler word"
+            )
+        self.begin = table.weight[start[0]].detach().clone()
+        shape = (options.num_vectors, table.embedding_dim)
+        self.rows = nn.ParameterList([nn.Parameter(self.begin.expand(shape).clone()) for _ in options.words])
+        table.register_forward_pre_hook(self._hide)
+        table.register_forward_hook(self._put)
+
+    def live(self) -> dict[str, nn.Parameter]:
+        return {TOKENS + word: row for word, row in zip(self.options.words, self.rows, strict=True)}
+
+    def initial(self) -> dict[str, Tensor]:
+        """The vector of the word to start from; nothing is drawn."""
+        return {name: self.begin.expand(row.shape).clone() for name, row in self.live().items()}
+
+    def pieces(self, text: str) -> list[str | int]:
+        """A text cut at the new words; of these their numbers, one for each vector."""
+        parts: list[str | int] = []
+        for piece in text.split():
+            if piece in self.options.words:
+                begin = self.first + self.options.words.index(piece) * self.options.num_vectors
+                parts += range(begin, begin + self.options.num_vectors)
+            elif parts and isinstance(parts[-1], str):
+                parts[-1] += " " + piece
+            else:
+                parts.append(piece)
+        return parts
+
+    def _hide(self, table: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The table looks up its first row for numbers that it does not have."""
+        self._asked = inputs[0]
+        return (inputs[0].where(inputs[0] < self.first, 0),)
+
+    def _put(
+        self, table: nn.Module, inputs: tuple[Tensor, ...], output: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B L D"]:
+        asked = self._asked - self.first
+        rows = torch.cat(list(self.rows)).to(output.dtype)
+        return torch.where((asked >= 0)[..., None], rows[asked.clamp(min=0)], output)

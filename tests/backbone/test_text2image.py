@@ -1,0 +1,263 @@
+"""A text-to-image pipeline as a denoiser: captions matter, pictures become latents, other tools read what it saves."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from personae.backbone.schedule import schedule
+from personae.backbone.text2image import (
+    COMPONENTS,
+    SIZES,
+    TEXT,
+    UNET,
+    Networks,
+    TextToImage,
+    fresh,
+    nothing,
+    open_pipeline,
+    save_pipeline,
+)
+from personae.backbone.vocabulary import write_tokenizer
+from personae.core import Batch, Client, ClientData, Images, Training, everything, stream, under
+from personae.errors import ArtefactError, ConfigError, ShapeError
+from personae.local.fit import fit
+from personae.personal.lora import Lora
+from personae.personal.tokens import Words
+from personae.testing import check_denoiser
+
+SCHEDULE = schedule(prediction_type="v_prediction", clip_sample=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    words = ["a", "drawing", "of", "dog", "cat", "tree", "left", "above"]
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), words, max_tokens=600, length=12)
+
+
+@pytest.fixture
+def make(tokenizer):
+    """The smallest networks that have every kind of layer."""
+
+    def make(opened=everything, **parts):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vae = AutoencoderKL(
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=4,
+            )
+            text = CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=12,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            unet = UNet2DConditionModel(
+                sample_size=4,
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=2,
+                cross_attention_dim=16,
+            )
+            return TextToImage(Networks(vae, tokenizer, CLIPTextModel(text), unet), SCHEDULE, opened, **parts)
+
+    return make
+
+
+BATCH = Batch(
+    torch.randn(3, 3, 8, 8, generator=stream(0)), torch.tensor([False, False, True]), ("a dog", "a cat", "a dog")
+)
+
+
+def unused(name):
+    """Rows of words that no caption has are not trained; the last norm's are, and everything else."""
+    return "token_embedding" in name or "position_embedding" in name
+
+
+@pytest.mark.parametrize("opened", [everything, under(UNET), under(TEXT)])
+def test_the_contract_of_denoisers(make, opened):
+    latents = Batch(torch.randn(3, 4, 4, 4, generator=stream(0)), BATCH.unconditional, BATCH.captions)
+    check_denoiser(lambda: make(opened), latents, idle=unused)
+
+
+PARTS = {"lora": Lora(2, "self+cross+text"), "words": Words(("<rex>",), "dog", 2)}
+
+
+def test_the_contract_with_parts(make):
+    latents = Batch(torch.randn(3, 4, 4, 4, generator=stream(0)), BATCH.unconditional, ("a <rex>", "a cat", "a dog"))
+    check_denoiser(lambda: make(nothing, **PARTS), latents)
+
+
+def test_parts_have_names_of_their_own_and_hide_what_peft_calls_the_rest(make):
+    model, bare = make(nothing, **PARTS), make(nothing)
+    assert set(model.base()) == set(bare.base()) and not model.is_bare
+    assert {name.rsplit(".", 1)[1] for name in model.params()} == {"lora_A", "lora_B", "<rex>"}
+    model.load(model.initial(stream(1)))
+    assert torch.equal(model.condition(BATCH), bare.condition(BATCH))
+    t, cond = torch.tensor([1, 2, 3]), bare.condition(BATCH)
+    latents = bare.encode(BATCH.images)
+    assert torch.equal(model.forward(latents, t, cond), bare.forward(latents, t, cond)), "new parts add nothing"
+
+
+def test_a_new_word_is_read_where_it_stands(make):
+    model = make(nothing, **PARTS)
+    plain, dog = make(nothing).tokens(["a dog"]), model.tokens(["a <rex> dog"])
+    assert dog[0, :6].tolist() == [plain[0, 0], plain[0, 1], 535, 536, plain[0, 2], plain[0, 3]]
+    model.load({**model.initial(stream(1)), "tokens.<rex>": torch.ones(2, 16)})
+    told = model.condition(Batch(BATCH.images, BATCH.unconditional, ("a <rex>", "a dog", "a cat")))
+    assert not torch.allclose(told[0], told[1])
+
+
+def test_adapters_take_the_rank_that_is_loaded_or_nothing_changes(make):
+    model, wide = make(nothing, **PARTS), make(nothing, lora=Lora(5, "self+cross+text"), words=PARTS["words"])
+    values = {name: torch.randn(v.shape, generator=stream(2, name)) for name, v in wide.params().items()}
+    model.load(values)
+    assert all(torch.equal(values[name], value) for name, value in model.params().items())
+    with pytest.raises(ShapeError):
+        model.load({**make(nothing, **PARTS).params(), "tokens.<rex>": torch.zeros(3, 16)})
+    assert all(torch.equal(values[name], value) for name, value in model.params().items())
+
+
+def test_a_pipeline_is_written_without_parts(make, tmp_path):
+    with pytest.raises(ConfigError, match="the model has parts of a client"):
+        save_pipeline(make(nothing, **PARTS), tmp_path / "pipeline")
+
+
+def test_names_are_those_of_the_bare_models(make):
+    model = make(under(UNET))
+    assert set(model.params()) == {UNET + name for name, _ in model.unet.named_parameters()}
+    assert set(model.base()) == {TEXT + name for name, _ in model.text_encoder.named_parameters()}
+    assert set(make(nothing).base()) == set(make().params())
+
+
+def test_pictures_become_latents_and_latents_stay(make):
+    model = make()
+    assert model.sample_shape == (4, 4, 4) and model.image_shape == (3, 8, 8)
+    latents = model.encode(BATCH.images)
+    assert latents.shape == (3, 4, 4, 4) and torch.equal(model.encode(latents), latents)
+    mean = model.vae.encode(BATCH.images).latent_dist.mean
+    assert torch.allclose(latents, mean * model.vae.config.scaling_factor)
+    assert torch.allclose(model.decode(latents), model.vae.decode(mean).sample, atol=1e-5)
+    with pytest.raises(ShapeError, match=r"\[3, 9, 9\], expected \[3, 8, 8\] or latents \[4, 4, 4\]"):
+        model.encode(torch.zeros(1, 3, 9, 9))
+
+
+def test_an_unconditional_example_reads_the_empty_text(make):
+    model = make()
+    cond = model.condition(BATCH)
+    assert torch.equal(cond[2], model.condition(Batch(BATCH.images[:1], torch.tensor([False])))[0])
+    assert not torch.allclose(cond[0], cond[1]) and not torch.allclose(cond[0], cond[2])
+
+
+def test_what_was_told_is_not_remembered_when_the_text_encoder_changes(make):
+    model = make(under(TEXT))
+    with torch.no_grad():
+        before = model.condition(BATCH)
+        model.load({name: value + 0.1 for name, value in model.params().items()})
+        assert not torch.allclose(model.condition(BATCH), before)
+    images = Images(torch.zeros(4, 4, 4, 4), captions=("a dog", "a cat", "a tree", "a dog"))
+    with torch.no_grad():
+        before = model.condition(BATCH)
+    fit(Client("a", ClientData(images, images), model, stream(1)), everything, Training(2, 0.1, 2))
+    with torch.no_grad():
+        assert not torch.allclose(model.condition(BATCH), before)
+
+
+def test_a_caption_that_is_too_long_is_refused_not_cut(make):
+    with pytest.raises(ConfigError, match=r"has 14 tokens, of which this model reads 12; shorten it"):
+        make().tokens(["a dog " * 6])
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(make, tmp_path):
+    save_pipeline(make(), tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_what_is_saved_opens_here_and_in_diffusers(make, folder):
+    opened, model = open_pipeline(folder, everything), make()
+    assert all(torch.equal(value, opened.params()[name]) for name, value in model.params().items())
+    assert opened.schedule.prediction_type == "v_prediction"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a dog left of a tree", num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    ids = pipeline.tokenizer("a dog", padding="max_length", return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, model.tokens(["a dog"]))
+    states = pipeline.text_encoder(ids)[0]
+    assert torch.allclose(
+        states, model.condition(Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",))), atol=1e-5
+    )
+
+
+def test_half_precision_is_half_the_size_and_leaves_the_model_alone(make, tmp_path):
+    model = make()
+    before = model.params()
+    save_pipeline(model, tmp_path / "half", torch.float16)
+    save_pipeline(model, tmp_path / "whole")
+    assert all(torch.equal(value, before[name]) for name, value in model.params().items())
+    half, whole = (
+        (tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("half", "whole")
+    )
+    assert half < 0.65 * whole
+    assert open_pipeline(tmp_path / "half").unet.dtype == torch.float32
+
+
+def test_latents_are_not_cut_whatever_the_scheduler_says_or_leaves_out(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    for clip in (None, True):
+        path.write_text(
+            json.dumps({k: v for k, v in {**config, "clip_sample": clip}.items() if v is not None}), "utf-8"
+        )
+        opened = open_pipeline(folder)
+        for kind in (DDPMScheduler, DDIMScheduler):
+            assert kind.from_config(dict(opened.schedule.config)).config.clip_sample is False
+
+
+@pytest.mark.parametrize("part", COMPONENTS)
+def test_a_missing_component_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    with pytest.raises(ArtefactError, match=f"it has no {part}; expected the folders"):
+        open_pipeline(folder)
+
+
+def test_a_folder_is_not_overwritten(make, folder):
+    with pytest.raises(ArtefactError, match="nothing was overwritten"):
+        save_pipeline(make(), folder)
+
+
+def test_weights_that_do_not_fit_are_refused(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"no weights")
+    with pytest.raises(ArtefactError, match="cannot be read as UNet2DConditionModel"):
+        open_pipeline(folder)
+
+
+def test_fresh_networks_come_from_their_generator(tokenizer):
+    one, two, other = (fresh("tiny", tokenizer, stream(seed)) for seed in (0, 0, 1))
+    for part in ("vae", "text_encoder", "unet"):
+        a, b, c = (next(iter(getattr(n, part).parameters())) for n in (one, two, other))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    model = TextToImage(one, SCHEDULE)
+    assert model.image_shape == (3, 32, 32) and model.sample_shape == (4, 8, 8)
+    total = sum(p.numel() for part in (one.vae, one.text_encoder, one.unet) for p in part.parameters())
+    assert total < 10e6, "20 MB in half precision"
+    with pytest.raises(ConfigError, match=f"expected one of {', '.join(SIZES)}"):
+        fresh("huge", tokenizer, stream(0))
