@@ -302,6 +302,12 @@ class Denoiser(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
+def device_of(model: Denoiser) -> torch.device:
+    """Where a denoiser is, also one of which nothing may move."""
+    parameters = {**model.base(), **model.live()}
+    return next(iter(parameters.values())).device
+
+
 @dataclass(frozen=True)
 class Noised:
     """One training batch on its way through the denoiser."""

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from personae.backbone.schedule import schedule
@@ -17,13 +18,13 @@ from personae.backbone.text2image import (
     Networks,
     TextToImage,
     fresh,
-    nothing,
     open_pipeline,
     save_pipeline,
 )
 from personae.backbone.vocabulary import write_tokenizer
-from personae.core import Batch, Client, ClientData, Images, Training, everything, stream, under
+from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
+from personae.infer.sample import sample
 from personae.local.fit import fit
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
@@ -140,7 +141,8 @@ def test_a_pipeline_is_written_without_parts(make, tmp_path):
 def test_names_are_those_of_the_bare_models(make):
     model = make(under(UNET))
     assert set(model.params()) == {UNET + name for name, _ in model.unet.named_parameters()}
-    assert set(model.base()) == {TEXT + name for name, _ in model.text_encoder.named_parameters()}
+    bare = {name.removeprefix("text_model.") for name, _ in model.text_encoder.named_parameters()}
+    assert set(model.base()) == {f"{TEXT}text_model.{name}" for name in bare}
     assert set(make(nothing).base()) == set(make().params())
 
 
@@ -241,6 +243,49 @@ def test_a_missing_component_is_named(folder, part):
 def test_a_folder_is_not_overwritten(make, folder):
     with pytest.raises(ArtefactError, match="nothing was overwritten"):
         save_pipeline(make(), folder)
+
+
+@pytest.mark.parametrize("files", ["text_encoder/model.safetensors", "tokenizer/*.json", "vae/config.json"])
+def test_a_damaged_file_is_named(folder, files):
+    for path in folder.glob(files):
+        path.write_bytes(b"{")
+    with pytest.raises(ArtefactError, match=files.split("/")[0]):
+        open_pipeline(folder)
+
+
+def test_older_and_newer_readers_of_tokenizers_find_their_files(folder, tokenizer):
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text("utf-8"))
+    assert vocabulary == tokenizer.get_vocab()
+    assert len((folder / "tokenizer" / "merges.txt").read_text("utf-8").splitlines()) > 10
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(folder):
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**config, "dropout": 0.3}), "utf-8")
+    with pytest.raises(ConfigError, match=r"the unet in .* has dropout 0\.3"):
+        open_pipeline(folder)
+
+
+def test_a_plain_pipeline_is_sampled_from(folder):
+    drawn = sample(open_pipeline(folder), 2, stream(0), steps=2, guidance=2.0, captions=["a dog", "a cat"])
+    assert drawn.shape == (2, 3, 8, 8) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_captions_are_encoded_as_in_sampling_whatever_trained_before(make):
+    model, clean = make(under(UNET)), make(under(UNET))
+    images = Images(torch.zeros(4, 4, 4, 4), captions=("a dog",) * 4)
+    fit(
+        Client("a", ClientData(images, images), model, stream(1)), everything, Training(1, 0.1, 2, precision="bfloat16")
+    )
+    batch = Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",))
+    assert torch.equal(model.condition(batch), clean.condition(batch))
+
+
+def test_names_are_those_of_published_files(make, folder):
+    names = set(load_file(folder / "text_encoder" / "model.safetensors"))
+    assert {name.removeprefix(TEXT) for name in make(under(TEXT)).params()} <= names
+    assert all(name.startswith("text_model.") for name in names)
 
 
 def test_weights_that_do_not_fit_are_refused(folder):

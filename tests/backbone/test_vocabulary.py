@@ -1,8 +1,12 @@
 """A tokenizer made from words: each of them one token while there is room, nothing unknown, the same files again."""
 
+import hashlib
+import json
+
 import pytest
 
 from personae.backbone.vocabulary import NUM_BYTES, read_tokenizer, write_tokenizer
+from personae.data.emoji import vocabulary
 from personae.errors import ArtefactError, ConfigError
 
 WORDS = ["a", "cartoon", "drawing", "of", "dog", "cat", "left", "above", "airplane", "telephone"]
@@ -28,6 +32,15 @@ def test_nothing_is_unknown(folder):
     for text in ("zebra", "<rex>", "été!", "犬"):
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"][1:-1]
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).replace(" ", "") == text
+
+
+def test_many_words_give_the_same_tokens_again(tmp_path):
+    for name in ("one", "two"):
+        tokenizer = write_tokenizer(tmp_path / name, vocabulary(), max_tokens=4000, length=24)
+    assert (tmp_path / "one" / "vocab.json").read_bytes() == (tmp_path / "two" / "vocab.json").read_bytes()
+    assert all(tokenizer.tokenize(word) == [word + "</w>"] for word in vocabulary()) and len(tokenizer) <= 4000
+    told = json.loads((tmp_path / "one" / "vocab.json").read_text("utf-8"))
+    assert hashlib.sha256(json.dumps(sorted(told.items())).encode()).hexdigest()[:8] == "617ad86f"
 
 
 def test_with_little_room_words_are_split(tmp_path):

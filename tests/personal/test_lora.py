@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from personae.core import stream
-from personae.errors import ConfigError
+from personae.errors import ConfigError, ShapeError
 from personae.personal.lora import PATTERNS, A, Adapters, B, Lora, is_lora, without_lora
 
 
@@ -84,15 +84,18 @@ def test_ranks_come_with_what_is_loaded(network):
         n: torch.zeros(5, v.shape[1]) if n.endswith(A) else torch.zeros(v.shape[0], 5)
         for n, v in adapters.live().items()
     }
-    assert not adapters.make_room(adapters.live())
-    assert adapters.make_room(wide) and {tuple(v.shape) for v in adapters.live().values()} == {
-        (5, 4),
-        (6, 5),
-        (5, 6),
-        (4, 5),
-    }
+    assert not adapters.differ(adapters.live()) and adapters.differ(wide)
+    adapters.make_room(wide)
+    assert {tuple(v.shape) for v in adapters.live().values()} == {(5, 4), (6, 5), (5, 6), (4, 5)}
     put(adapters, wide)
     assert network["block"](X).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), ()])
+def test_what_has_no_rank_is_refused(network, shape):
+    adapters = Adapters({"unet.": network}, Lora(2, alpha=4.0))
+    with pytest.raises(ShapeError, match="8 adapters have no rank"):
+        adapters.make_room({n: torch.zeros(shape) if n.endswith(A) else v for n, v in adapters.live().items()})
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2, "targets": "all"}, {"rank": 2, "alpha": 0.0}])

@@ -28,6 +28,7 @@ def test_a_word_begins_as_another_and_is_then_its_own(tokenizer, table):
     first = table.num_embeddings
     assert new.pieces("a <tom> drawing of <rex>") == ["a", first + 2, first + 3, "drawing of", first, first + 1]
     assert new.pieces("a dog") == ["a dog"]
+    assert new.pieces("a <REX>.") == ["a", first, first + 1, "."]
     dog = tokenizer("dog", add_special_tokens=False)["input_ids"][0]
     assert torch.equal(table(torch.tensor([[first, first + 3]])), table(torch.tensor([[dog, dog]])))
     with torch.no_grad():

@@ -68,9 +68,25 @@ def test_the_setting_with_the_least_loss_is_chosen_for_each_method():
 
 
 def test_a_method_that_always_diverges_is_named():
-    rows = [{k: v for k, v in row.items() if k != "clients"} if row["rival"] == "spire" else row for row in found()]
+    rows = [{**row, "diverged": ["c1"]} if row["rival"] == "spire" else row for row in found()]
     with pytest.raises(DataError, match="'spire' with 8 images diverged at every learning rate"):
         STUDY.chosen(rows, "spire", 8)
+
+
+def test_a_setting_that_diverged_for_anybody_is_not_chosen():
+    rows = found(losses={("spire", 0, 0.01, 50): 0.1, ("spire", 0, 0.1, 5): 0.2})
+    rows = [{**row, "diverged": ["c1"]} if (row.get("rate"), row.get("steps")) == (0.01, 50) else row for row in rows]
+    assert STUDY.chosen(rows, "spire", 8) == (0.1, 5)
+
+
+def test_whom_the_comparison_lacks_is_said():
+    rows = found()
+    for row in rows:
+        if row["stage"] == "final" and row["rival"] == "fedavg_ft" and row["seed"] == 2:
+            row["clients"], row["diverged"] = {"c1": row["clients"]["c1"]}, ["c2"]
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
+    assert any("fedavg_ft diverged for c2 of seed 2" in finding for finding in answer.findings)
+    assert answer.numbers["diverged"] == 1 and answer.numbers["paired"][0]["num"] == 3
 
 
 def test_the_answer_pairs_clients_and_counts_them():
@@ -79,6 +95,10 @@ def test_the_answer_pairs_clients_and_counts_them():
     assert paired["loss", "all"]["mean"] == pytest.approx(-0.1)
     assert paired["loss", "all"]["num"] == 4 and paired["loss", "all"]["high"] < 0
     assert "spire against fedavg_ft: held-out loss lower" in answer.findings[0]
+    told = (
+        "With 8 images and classes as one training client has them, spire's held-out loss is below that of fedavg_ft."
+    )
+    assert told in answer.findings
     assert answer.numbers["largest_change_of_others"] == 0
     assert {chart.name for chart in answer.charts} == {"paired", "rates", "steps"}
     best = answer.tables[0].rows
@@ -181,8 +201,9 @@ def test_a_setting_that_diverges_is_an_answer(bench, tiny_run, tmp_path):
     folder.parent.mkdir()
     folder.symlink_to(tiny_run.folder.resolve())
     cell = {"stage": "adapt", "rival": "spire", "seed": 0, "images": 4, "rate": 1e30, "steps": 3}
-    assert study.measure(cell, 0, tmp_path) == {"diverged": "c4"}
-    rows = [*found(), {**cell, "rival": "spire", "diverged": "c4"}]
+    figures = study.measure(cell, 0, tmp_path)
+    assert (figures["diverged"], figures["clients"]) == (["c4"], {})
+    rows = [*found(), {**cell, "images": 8, **figures}]
     assert STUDY.chosen(rows, "spire", 8) == STUDY.chosen(found(), "spire", 8)
 
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from personae.artefact.save import load_state
-from personae.core import Images, Training
+from personae.backbone.text2image import open_pipeline
+from personae.core import Client, ClientData, Images, Training, everything, stream
 from personae.data.emoji import HELD_OUT_STYLES, emoji
 from personae.errors import ConfigError
+from personae.local.fit import fit
 from personae.study import pretraining
 from personae.study.pretraining import Pretraining
 
@@ -57,6 +59,10 @@ def test_from_nothing_to_a_pipeline(few, tmp_path):
     assert rows[-1]["bytes"] < 20e6
     captions = json.loads((tmp_path / "pictures" / "grid.json").read_text("utf-8"))["captions"]
     assert len(captions) == 4 * pretraining.SHOWN
+    average = pretraining._split(load_state(tmp_path / "parts" / "denoiser-001.safetensors").extras)[1]
+    saved = open_pipeline(tmp_path / "model", everything).params()
+    assert all(torch.equal(saved[name], value) for name, value in average.items() if name.startswith("text_encoder."))
+    assert all(torch.equal(saved[name], value.half().float()) for name, value in average.items() if name[:5] == "unet.")
     latents = load_state(tmp_path / "parts" / "latents-000.safetensors").extras["latents"]
     assert latents.shape == (12, 4, 8, 8) and latents.std() == pytest.approx(1, rel=0.05)
 
@@ -90,6 +96,18 @@ def test_the_rate_falls_and_old_stretches_go(few, tmp_path):
         "autoencoder-002.safetensors",
         "autoencoder-003.safetensors",
     ]
+
+
+def test_stretches_carry_the_optimizer_on(few, tmp_path):
+    measured(tmp_path)
+    parts = [load_state(tmp_path / "parts" / f"denoiser-00{number}.safetensors") for number in (0, 1)]
+    model, latents = STUDY._encoded(0, tmp_path)
+    data = Images(latents, captions=STUDY.pictures(0).captions)
+    model.load(parts[0].params)
+    client = Client("pretraining", ClientData(data, data), model, stream(0, "denoiser", 1))
+    how = pretraining._slower(STUDY.denoiser, 1, 2)
+    fit(client, everything, how, pretraining._split(parts[0].extras)[0])
+    assert all(torch.equal(value, parts[1].params[name]) for name, value in model.params().items())
 
 
 @pytest.mark.parametrize(

@@ -63,5 +63,5 @@ def test_problems_are_named(variants):
 
 
 def test_only_roles_are_paired():
-    with pytest.raises(ConfigError, match="paired names old, expected of train, new"):
+    with pytest.raises(ConfigError, match="paired or roles name old, expected of train, new"):
         Variants("width", "digits/spire", STUDY.variants, (0,), paired=("new", "old"))

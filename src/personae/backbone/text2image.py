@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from personae.backbone.parts import copies, load_into
 from personae.backbone.schedule import Schedule, load_schedule
-from personae.backbone.vocabulary import read_tokenizer
-from personae.core import Arrays, Batch, Cond, Select, everything, pick
+from personae.backbone.vocabulary import read_tokenizer, write_vocabulary
+from personae.core import Arrays, Batch, Cond, Select, everything, nothing, pick
 from personae.errors import ArtefactError, ConfigError, PersonaeError, ShapeError
-from personae.personal.lora import Adapters, Lora, without_lora
+from personae.personal.lora import LEVEL, Adapters, Lora, without_lora
 from personae.personal.tokens import TOKENS, NewWords, Words
 
 UNET, TEXT = "unet.", "text_encoder."
@@ -37,9 +37,8 @@ UNET, TEXT = "unet.", "text_encoder."
 ENCODED_AT_ONCE = 64
 """Pictures, so that a folder of many does not ask for memory for all."""
 
-
-def nothing(name: str) -> bool:
-    return False
+REMEMBERED = 4096
+"""Captions, whose vectors are kept while nothing in the text encoder moves."""
 
 
 @dataclass(frozen=True)
@@ -153,18 +152,19 @@ class TextToImage(nn.Module):
     def load(self, params: Arrays, num_clients: int = 1) -> None:
         """Adapters take the rank of what is loaded."""
         self._told.clear()
+        if self._adapters is None or params.keys() != self._live.keys() or not self._adapters.differ(params):
+            load_into(self._live, None, params, num_clients)
+            return
         before = self.params()
         try:
-            self._make_room(params)
+            self._adapters.make_room(params)
+            self._live = self._parts()
             load_into(self._live, None, params, num_clients)
         except PersonaeError:
-            self._make_room(before)
+            self._adapters.make_room(before)
+            self._live = self._parts()
             load_into(self._live, None, before, 1)
             raise
-
-    def _make_room(self, params: Arrays) -> None:
-        if self._adapters is not None and params.keys() == self._live.keys() and self._adapters.make_room(params):
-            self._live = self._parts()
 
     def _parts(self) -> dict[str, nn.Parameter]:
         adapters = self._adapters.live() if self._adapters is not None else {}
@@ -199,15 +199,19 @@ class TextToImage(nn.Module):
         moves = any(name.startswith((TEXT, TOKENS)) and p.requires_grad for name, p in self._live.items())
         if torch.is_grad_enabled() and moves:
             self._told.clear()
-            return self._asked(texts)
-        with torch.no_grad():
-            if new := [text for text in texts if text not in self._told]:
-                self._told |= dict(zip(new, self._asked(new), strict=True))
-            return torch.stack([self._told[text] for text in texts])
+            return self._asked(texts, self.text_encoder)
+        if new := [text for text in texts if text not in self._told]:
+            if len(self._told) > REMEMBERED:
+                self._told.clear()
+                new = list(texts)
+            training = self.text_encoder.training
+            with torch.no_grad(), torch.autocast(self.unet.device.type, enabled=False):
+                self._told |= dict(zip(new, self._asked(new, self.text_encoder.eval()), strict=True))
+            self.text_encoder.train(training)
+        return torch.stack([self._told[text] for text in texts])
 
-    def _asked(self, texts: Sequence[str]) -> Tensor:
-        ids = self.tokens(texts).to(self.unet.device)
-        states: Tensor = self.text_encoder(ids)[0]
+    def _asked(self, texts: Sequence[str], encoder: CLIPTextModel) -> Tensor:
+        states: Tensor = encoder(self.tokens(texts).to(self.unet.device))[0]
         return states
 
     @property
@@ -270,7 +274,8 @@ def fresh(size: str, tokenizer: CLIPTokenizer, rng: torch.Generator) -> Networks
 def open_pipeline(folder: Path, opened: Select = nothing) -> TextToImage:
     """Any local folder of Stable Diffusion's kind, weights in safetensors.
 
-    Raises: ArtefactError, when the folder lacks a component, holds another kind, or its weights do not fit.
+    Raises: ArtefactError, when the folder lacks a component, holds another kind, or its weights do not fit;
+    ConfigError, when a network has dropout.
     """
     missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
     if missing:
@@ -287,6 +292,14 @@ def open_pipeline(folder: Path, opened: Select = nothing) -> TextToImage:
         raise ArtefactError(
             f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {text.config.vocab_size}"
         )
+    if unet.config.cross_attention_dim != text.config.hidden_size:
+        raise ArtefactError(
+            f"{folder}: the U-Net attends to vectors of {unet.config.cross_attention_dim} numbers, the text encoder "
+            f"gives {text.config.hidden_size}; is it a pipeline of another kind?"
+        )
+    for name, dropout in (("unet", unet.config.dropout), ("text_encoder", text.config.attention_dropout)):
+        if dropout:  # its masks come from torch's global generator: a resumed run would not end in the same bits
+            raise ConfigError(f"the {name} in {folder} has dropout {dropout:g}, which cannot be repeated; set it to 0")
     saved = load_schedule(folder / "scheduler")
     # Latents are not within [-1, 1]; a scheduler's file may say nothing of it, and DDPM's default would cut them.
     unclipped = dataclasses.replace(saved, config=_with(saved.config, clip_sample=False))
@@ -301,6 +314,8 @@ def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
 
     Raises: ArtefactError, when the folder exists and is not empty; ConfigError, when parts are attached.
     """
+    from diffusers import StableDiffusionPipeline  # half of transformers comes with it, and its warnings
+
     if not model.is_bare:
         raise ConfigError(f"{folder}: the model has parts of a client; a pipeline is written without, and parts alone")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -323,6 +338,9 @@ def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
         pipeline.unet.to(dtype)
         pipeline.vae.to(dtype)
         pipeline.save_pretrained(partial)
+        weights = {_published(name): value for name, value in pipeline.text_encoder.state_dict().items()}
+        pipeline.text_encoder.save_pretrained(partial / "text_encoder", state_dict=weights)
+        write_vocabulary(model.tokenizer, partial / "tokenizer")
         partial.replace(folder)
     except OSError as error:
         raise ArtefactError(f"writing {folder} failed: {error.strerror or error}") from error
@@ -341,7 +359,7 @@ def _weights(kind: Any, folder: Path) -> Any:
         model, found = kind.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # each of the libraries below has kinds of its own for a damaged file
         raise ArtefactError(f"{folder} cannot be read as {kind.__name__}: {error}") from error
     for what, names in (("lack", found["missing_keys"]), ("have unknown", found["unexpected_keys"])):
         if names:
@@ -357,11 +375,16 @@ def _with(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 def _named(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Parameter]:
     both = ((UNET, unet), (TEXT, text_encoder))
     return {
-        prefix + bare: parameter
+        prefix + (_published(bare) if prefix == TEXT else bare): parameter
         for prefix, network in both
         for name, parameter in network.named_parameters()
         if (bare := without_lora(name)) is not None
     }
+
+
+def _published(name: str) -> str:
+    """A text encoder's parameter as published files name it; newer versions of transformers leave the front out."""
+    return name if name.startswith(LEVEL) else LEVEL + name
 
 
 def _table(text_encoder: CLIPTextModel) -> nn.Embedding:

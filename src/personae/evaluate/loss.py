@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personae.core import Batch, Denoiser, Images, stream
+from personae.core import Batch, Denoiser, Images, device_of, stream
 from personae.errors import ConfigError, DataError
 from personae.objective.denoising import denoising, noised
 
@@ -36,7 +36,7 @@ def denoising_loss(
     if len(images) == 0:
         raise DataError("the denoising loss was asked for without held-out images; hold at least one image out")
     model.train(False)
-    device = next(iter(model.live().values())).device
+    device = device_of(model)
     parts = torch.arange(len(images)).split(batch_size)
     x_0 = torch.cat([model.encode(images.floats(part).to(device)) for part in parts])
     times = torch.tensor([(2 * interval + 1) * num_timesteps // (2 * grid) for interval in range(grid)])

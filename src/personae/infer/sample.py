@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from personae.core import Batch, Cond, Denoiser
+from personae.core import Batch, Cond, Denoiser, device_of
 from personae.errors import ConfigError
 from personae.personal.embedding import clients_in
 
@@ -108,7 +108,7 @@ def sample_together(
     if (held := clients_in(model.live())) != len(rngs):
         raise ConfigError(f"the model holds {held} clients, and {len(rngs)} generators were given; give one for each")
     kind, options = SAMPLERS[sampler]
-    device = next(iter(model.live().values())).device
+    device = device_of(model)
     nulls = [unconditional] if unconditional or guidance == 1.0 else [False, True]
     model.train(False)
     groups = []

@@ -18,9 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from personae.core import Arrays
-from personae.errors import ConfigError
+from personae.errors import ConfigError, ShapeError
 
 A, B = ".lora_A", ".lora_B"
+LEVEL = "text_model."
+"""Before the names in a published text encoder, whether this version of transformers has it or not."""
+
 SLOT = "own"
 """The one adapter that a layer holds, as peft calls it inside."""
 
@@ -79,7 +82,8 @@ class Adapters:
             config = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=pattern)
             inject_adapter_in_model(config, networks[prefix], adapter_name=SLOT)
             layers = {name: m for name, m in networks[prefix].named_modules() if isinstance(m, LoraLayer)}
-            self._layers |= {prefix + name: layer for name, layer in layers.items()}
+            front = LEVEL if prefix == "text_encoder." else ""
+            self._layers |= {prefix + front + name.removeprefix(front): layer for name, layer in layers.items()}
         self._resize(dict.fromkeys(self._layers, options.rank))
 
     def live(self) -> dict[str, nn.Parameter]:
@@ -99,12 +103,22 @@ class Adapters:
             for name, value in self.live().items()
         }
 
-    def make_room(self, params: Arrays) -> bool:
-        """Take the ranks that these parameters have. True, when anything changed, and `live` has new parameters."""
-        ranks = {name: len(params[name + A]) for name in self._layers if name + A in params}
-        other = {name: rank for name, rank in ranks.items() if rank != self._layers[name].r[SLOT]}
-        self._resize(other)
-        return bool(other)
+    def differ(self, params: Arrays) -> bool:
+        """True, when these parameters have other ranks than the adapters."""
+        return bool(self._others(params))
+
+    def make_room(self, params: Arrays) -> None:
+        """Take the ranks that these parameters have. Where they differ, `live` has new parameters afterwards."""
+        self._resize(self._others(params))
+
+    def _others(self, params: Arrays) -> dict[str, int]:
+        """Raises: ShapeError, before anything has changed, when an adapter has no rank."""
+        found = {name: params[name + A] for name in self._layers if name + A in params}
+        if flat := [
+            f"{name}{A} is {list(value.shape)}" for name, value in found.items() if 0 in value.shape or value.dim() != 2
+        ]:
+            raise ShapeError(f"{len(flat)} adapters have no rank: {'; '.join(flat[:3])}; expected [rank, in]")
+        return {name: len(value) for name, value in found.items() if len(value) != self._layers[name].r[SLOT]}
 
     def _resize(self, ranks: Mapping[str, int]) -> None:
         for name, rank in ranks.items():

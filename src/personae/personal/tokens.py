@@ -1,6 +1,6 @@
 """New words of a text encoder, each a few vectors of its own beside the table of known tokens.
 
-A word's vectors are one parameter, "tokens.<word>" [V, D]. The table itself never moves.
+A word's vectors are one parameter, "tokens.<word>" [V, D]. They are no part of the table.
 
 Letters in shapes: `B` batch, `L` tokens, `V` vectors of a word, `D` width of a token's vector.
 
@@ -9,6 +9,7 @@ Source: Gal et al. 2022, Textual Inversion, arXiv:2208.01618. Several vectors fo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +77,14 @@ class NewWords(nn.Module):
 
     def pieces(self, text: str) -> list[str | int]:
         """A text cut at the new words; of these their numbers, one for each vector."""
+        longest = sorted(self.options.words, key=len, reverse=True)  # of which a shorter one may be the beginning
         parts: list[str | int] = []
-        for piece in text.split():
+        for piece in re.split(f"({'|'.join(map(re.escape, longest))})", text.lower()):
             if piece in self.options.words:
                 begin = self.first + self.options.words.index(piece) * self.options.num_vectors
                 parts += range(begin, begin + self.options.num_vectors)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += " " + piece
-            else:
-                parts.append(piece)
+            elif piece.strip():
+                parts.append(piece.strip())
         return parts
 
     def _hide(self, table: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -63,7 +63,8 @@ def keep_environment(folder: Path, threads: int, device: str) -> None:
         write_json(path, now)
     elif changed := differences(began, now):
         warnings.warn(f"{folder} began with {'; '.join(changed)}: it will not end in the same bits", stacklevel=4)
-        write_json(path, {**began, "resumed_with": [*began.get("resumed_with", ()), now]})
+        others = began.get("resumed_with", [])
+        write_json(path, {**began, "resumed_with": others if now in others else [*others, now]})
 
 
 def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -105,11 +105,14 @@ class Adaptation:
     def chosen(self, found: Sequence[Row], rival: str, images: int) -> tuple[float, int]:
         """Learning rate and steps with the least held-out loss over all clients that are tuned on.
 
-        Raises: DataError, when every setting diverged.
+        A setting with which anybody's training diverged is left out.
+        Raises: DataError, when that leaves none.
         """
+        rows = where(found, stage="adapt", rival=rival, images=images)
+        lost = {(row["rate"], row["steps"]) for row in rows if row.get("diverged")}
         losses: dict[tuple[float, int], list[float]] = {}
-        for row in where(found, stage="adapt", rival=rival, images=images):
-            if "clients" in row:
+        for row in rows:
+            if (row["rate"], row["steps"]) not in lost:
                 losses.setdefault((row["rate"], row["steps"]), []).extend(c["loss"] for c in row["clients"].values())
         if not losses:
             raise DataError(f"{rival!r} with {images} images diverged at every learning rate; give it smaller ones")
@@ -124,18 +127,18 @@ class Adaptation:
         bench = open_bench(own)
         how = Training(int(cell["steps"]), float(cell["rate"]), self.batch_size, decay="cosine")
         drawn, references = (self.num_final, self.num_references) if final else (self.num_drawn, 0)
-        people = {}
+        people, diverged = {}, []
         for name in bench.clients.new:
             try:
                 people[name] = bench.adapted(name, how, int(cell["images"]), drawn, references)
             except ClientFailed as error:
-                if isinstance(error.__cause__, Diverged):  # too large a learning rate is an answer, not a failure
-                    return {"diverged": name}
-                raise
-        return {"clients": people, "population_before": bench.population_before}
+                if not isinstance(error.__cause__, Diverged):
+                    raise
+                diverged.append(name)  # too large a learning rate is an answer, not a failure
+        return {"clients": people, "diverged": diverged, "population_before": bench.population_before}
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        return adaptation_answer([row for row in found if "clients" in row], [rival.name for rival in self.rivals])
+        return adaptation_answer(found, [rival.name for rival in self.rivals])
 
     def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
         summary = trained(folder, rival.recipe, [*self.changes, *rival.changes], seed + number).summary

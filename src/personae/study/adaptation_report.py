@@ -57,6 +57,8 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
             tables.insert(1, _paired_table(differences, ours))
             charts.insert(0, _paired_chart(differences, ours))
         findings = [_sentence(ours, at, found) for at, found in differences.items() if at[2] == EVERYONE]
+        findings += [*_by_kind(ours, differences), *_lost(final)]
+        numbers["diverged"] = sum(len(row.get("diverged", ())) for row in final)
         numbers["paired"] = [
             {
                 "rival": rival,
@@ -69,7 +71,7 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
             for (rival, count, kind), by_figure in differences.items()
             for name, found in by_figure.items()
         ]
-        moved = [c["population"] - row["population_before"] for row in final for c in row["clients"].values()
+        moved = [c["population"] - row["population_before"] for row in final for c in people([row]).values()
                  if row["rival"] == ours and row["population_before"] is not None]  # fmt: skip
         numbers["largest_change_of_others"] = max(map(abs, moved), default=None)
         numbers["final"] = [dict(zip(tables[0].columns, row, strict=True)) for row in tables[0].rows]
@@ -77,7 +79,18 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
 
 
 def people(rows: Sequence[Row]) -> People:
-    return {(row["seed"], name): figures for row in rows for name, figures in row["clients"].items()}
+    """Without those whose training diverged."""
+    return {(row["seed"], name): figures for row in rows for name, figures in row.get("clients", {}).items()}
+
+
+def _lost(rows: Sequence[Row]) -> list[str]:
+    """Whom the comparison lacks: what is said of the others is too good for their method."""
+    return [
+        f"With {_count(row['images'])} images, {row['rival']} diverged for {', '.join(row['diverged'])} of seed "
+        f"{row['seed']} at its chosen setting; these clients are in no figure."
+        for row in rows
+        if row.get("diverged")
+    ]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -129,7 +142,7 @@ def _final_table(rows: Sequence[Row], grid: Sequence[Row], rivals: Sequence[str]
     for count in images:
         ours = where(rows, images=count, rival=rivals[0])
         for rival in rivals:
-            if own := where(rows, images=count, rival=rival):
+            if people(own := where(rows, images=count, rival=rival)):
                 ratio = "" if rival == rivals[0] else _ratio(ours, own)
                 settings = _settings(own, where(grid, rival=rival))
                 entries.append([_count(count), rival, *_final_row(own, ratio), settings])
@@ -139,7 +152,7 @@ def _final_table(rows: Sequence[Row], grid: Sequence[Row], rivals: Sequence[str]
 def _final_row(rows: Sequence[Row], ratio: Entry) -> list[Entry]:
     clients = list(people(rows).values())
     known = [row for row in rows if row["population_before"] is not None]
-    changes = [c["population"] - row["population_before"] for row in known for c in row["clients"].values()]
+    changes = [c["population"] - row["population_before"] for row in known for c in people([row]).values()]
     return [
         len(clients),
         *(_mean(clients, key) for key in ("loss", "distance", "kid", "kid_floor")),
@@ -261,6 +274,33 @@ def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Differenc
     return f"With {_count(count)} images, {ours} against {rival}: {'; '.join(parts)}."
 
 
+def _by_kind(ours: str, differences: Differences) -> list[str]:
+    """Where it wins and where it loses: one sentence for each number of images and kind of new clients."""
+    told = []
+    for count, kind in dict.fromkeys((at[1], at[2]) for at in differences if at[2] != EVERYONE):
+        losses = {at[0]: found["loss"].pooled for at, found in differences.items() if at[1:] == (count, kind)}
+        sides = {
+            "below": [rival for rival, loss in losses.items() if loss.high < 0],
+            "above": [rival for rival, loss in losses.items() if loss.low > 0],
+        }
+        undecided = [rival for rival in losses if not any(rival in side for side in sides.values())]
+        parts = [f"{side} that of {', '.join(rivals)}" for side, rivals in sides.items() if rivals]
+        parts += [f"not told apart from {', '.join(undecided)}"] * bool(undecided)
+        told.append(
+            f"With {_count(count)} images and classes {KIND[kind]}, {ours}'s held-out loss is {'; '.join(parts)}."
+        )
+    return told
+
+
+KIND = {
+    "seen": "as one training client has them",
+    "mixed": "of two training clients",
+    "absent": "that nobody had",
+    "new": "of their own",
+}
+"""What new clients of a kind hold."""
+
+
 # --- charts ----------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +376,8 @@ def _by_setting(rows: Sequence[Row], rival: str, count: int) -> Mapping[tuple[fl
     """Everybody's figures by learning rate and steps."""
     found: dict[tuple[float, int], list[Mapping[str, Any]]] = {}
     for row in where(rows, rival=rival, images=count):
-        found.setdefault((row["rate"], row["steps"]), []).extend(row["clients"].values())
+        if not row.get("diverged"):
+            found.setdefault((row["rate"], row["steps"]), []).extend(row["clients"].values())
     return found
 
 
@@ -350,5 +391,7 @@ def _count(images: int) -> str:
 
 
 def _text(found: Interval) -> str:
+    if math.isnan(found.low):
+        return ""  # a single seed has no interval
     star = "*" if found.excludes(0) else ""
     return f"{found.mean:+.3g} [{found.low:+.3g}, {found.high:+.3g}]{star}"

@@ -23,7 +23,7 @@ from personae.artefact.save import load_state, save_state, write_json
 from personae.backbone.autoencoder import fit_autoencoder, set_scale
 from personae.backbone.schedule import schedule
 from personae.backbone.text2image import SIZES, TextToImage, fresh, save_pipeline
-from personae.backbone.vocabulary import write_tokenizer
+from personae.backbone.vocabulary import read_tokenizer, write_tokenizer
 from personae.core import Arrays, Client, ClientData, Images, State, Training, everything, stream
 from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scenes, vocabulary
 from personae.errors import ConfigError
@@ -131,7 +131,8 @@ class Pretraining:
             steps = min(CHUNK, how.steps - done)
             fitted = fit(client, everything, dataclasses.replace(how, steps=steps), moments)
             losses += [fitted.loss] * steps
-            moments, decay = fitted.moments, self.ema ** (steps / CHUNK)
+            moments, chunks = fitted.moments, (number * how.steps + done) // CHUNK
+            decay = min(self.ema, chunks / (chunks + 10))  # the first ones count less: nobody wants the random start
             for name, value in model.live().items():
                 average[name] = average[name].lerp(value.detach(), 1 - decay)
         extras = {**moments, **{f"average.{name}": value for name, value in average.items()}}
@@ -166,13 +167,11 @@ class Pretraining:
         return _pictures(self.num_scenes, self.copies, seed)
 
     def _fresh(self, seed: int, folder: Path) -> TextToImage:
-        words = vocabulary()
-        tokenizer = write_tokenizer(
-            folder / "parts" / "tokenizer",
-            words,
-            max_tokens=self.max_tokens,
-            length=SIZES[self.size]["text"]["max_position_embeddings"],
-        )
+        where_, length = folder / "parts" / "tokenizer", SIZES[self.size]["text"]["max_position_embeddings"]
+        if (where_ / "tokenizer_config.json").is_file():
+            tokenizer = read_tokenizer(where_)
+        else:
+            tokenizer = write_tokenizer(where_, vocabulary(), max_tokens=self.max_tokens, length=length)
         levels = schedule(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False)
         return TextToImage(fresh(self.size, tokenizer, stream(seed, "fresh")), levels, everything)
 
@@ -216,7 +215,7 @@ def _pictures(num_scenes: int, copies: int, seed: int) -> Images:
 
 
 def _told(seed: int) -> list[str]:
-    """Captions of the grid: the same names under each seen style, then scenes that are not among those learned."""
+    """Captions of the grid: the same names under each seen style, then scenes of another seed than those learned."""
     names = named("seen")
     order = torch.randperm(len(names), generator=stream(seed, "shown"))[:SHOWN].tolist()
     things = [caption(style, names[index]) for style in SEEN_STYLES for index in order]

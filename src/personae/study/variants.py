@@ -39,7 +39,7 @@ class Variants:
     """`question` is what the variants differ in, for the report. The first one is what the others are compared with.
 
     `paired` names the roles, of "train" and "new", whose clients hold the same images in every variant, so that they
-    are compared one by one.
+    are compared one by one; `roles` those that are compared at all.
     """
 
     question: str
@@ -48,13 +48,14 @@ class Variants:
     seeds: tuple[int, ...]
     changes: tuple[str, ...] = ()
     paired: tuple[str, ...] = ("train", "new")
+    roles: tuple[str, ...] = ("train", "new")
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
         if len(names) < 2 or len(set(names)) != len(names) or not self.seeds:
             raise ConfigError(f"variants are {names}, expected two or more with names of their own, and seeds")
-        if unknown := set(self.paired) - set(ROLES):
-            raise ConfigError(f"paired names {', '.join(sorted(unknown))}, expected of {', '.join(ROLES)}")
+        if unknown := {*self.paired, *self.roles} - set(ROLES):
+            raise ConfigError(f"paired or roles name {', '.join(sorted(unknown))}, expected of {', '.join(ROLES)}")
         for variant in self.variants:
             load_recipe(self.recipe, [*self.changes, *variant.changes])
 
@@ -80,12 +81,12 @@ class Variants:
         findings, numbers = [], []
         for name in names:
             row: list[Entry] = [name, len(where(found, variant=name))]
-            for role in ROLES:
+            for role in self.roles:
                 for figure in FIGURES:
                     values = _values(found, name, role, figure)
                     row.append(fmean(values.values()) if values else None)
             entries.append(row)
-            for role, title in ROLES.items():
+            for role, title in self._roles().items():
                 for figure, what in FIGURES.items():
                     difference = self._difference(found, name, role, figure)
                     if difference is not None:
@@ -95,7 +96,7 @@ class Variants:
                             findings.append(_sentence(name, names[0], what, title, difference))
         if not findings:
             findings = [f"{self.question}: no difference that can be told from {', '.join(names)}."]
-        columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in ROLES for what in FIGURES.values()))
+        columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in self.roles for what in FIGURES.values()))
         note = f"Means over clients and seeds. Recipe: {self.recipe}."
         charts = [self._chart(found, names, figure) for figure in FIGURES]
         sizes = [
@@ -105,6 +106,9 @@ class Variants:
         return Answer(
             findings, {"differences": numbers, "sizes": sizes}, [Table(self.question, columns, entries, note)], charts
         )
+
+    def _roles(self) -> dict[str, str]:
+        return {role: ROLES[role] for role in self.roles}
 
     def _difference(self, found: Sequence[Row], name: str, role: str, figure: str) -> Interval | None:
         """A variant minus the first one, over the clients of all seeds that both have measured."""
@@ -118,7 +122,8 @@ class Variants:
 
     def _chart(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
         def draw(axes: Axes) -> None:
-            for offset, (role, tone) in enumerate((("train", "real"), ("new", "after"))):
+            tones = {"train": "real", "new": "after"}
+            for offset, (role, tone) in enumerate((role, tones[role]) for role in self.roles):
                 for at, name in enumerate(names):
                     values = list(_values(found, name, role, figure).values())
                     if not values:
@@ -137,9 +142,10 @@ class Variants:
         return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
 
 
-def _trained_by_new(row: Row) -> int:
-    """How many numbers a new client trains."""
-    return max(client["trained_parameters"] for client in row["clients"].values() if client["role"] == "new")
+def _trained_by_new(row: Row) -> int | None:
+    """How many numbers a new client trains; None where there is none."""
+    numbers = [client["trained_parameters"] for client in row["clients"].values() if client["role"] == "new"]
+    return max(numbers, default=None)
 
 
 def _values(found: Sequence[Row], variant: str, role: str, figure: str) -> dict[tuple[int, str], float]:

@@ -174,22 +174,20 @@ class SavedStudy:
         with _pool(machine.workers, machine.threads) as pool:
             waiting: dict[Future[dict[str, Any]], Cell] = {}
             left = list(reversed(cells))
-            while left or waiting:
-                while left and len(waiting) < machine.workers:
-                    cell = left.pop()
-                    waiting[pool.submit(_measure, self.study, cell, self.recipe.seed, self.folder)] = cell
-                done = wait(waiting, return_when=FIRST_COMPLETED).done
-                for future in sorted(done, key=lambda future: future.exception() is not None):  # keep what there is
-                    cell = waiting.pop(future)
-                    try:
-                        line = future.result()
-                    except BrokenProcessPool as error:
-                        raise PersonaeError(
-                            f"{self.folder}: a process that measured was ended from outside, perhaps for want of "
-                            f"memory ({machine.workers} measured side by side, machine.workers in config.toml). What "
-                            f"was measured before is kept; continue with: personae resume {self.folder}"
-                        ) from error
-                    yield cell, line
+            try:
+                while left or waiting:
+                    while left and len(waiting) < machine.workers:
+                        cell = left.pop()
+                        waiting[pool.submit(_measure, self.study, cell, self.recipe.seed, self.folder)] = cell
+                    done = wait(waiting, return_when=FIRST_COMPLETED).done
+                    for future in sorted(done, key=lambda future: future.exception() is not None):  # keep what there is
+                        yield waiting.pop(future), future.result()
+            except BrokenProcessPool as error:
+                raise PersonaeError(
+                    f"{self.folder}: a process that measured was ended from outside, perhaps for want of memory "
+                    f"({machine.workers} measured side by side, machine.workers in config.toml). What was measured "
+                    f"before is kept; continue with: personae resume {self.folder}"
+                ) from error
 
 
 def _measure(study: Study, cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
