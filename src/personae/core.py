@@ -304,7 +304,7 @@ class Denoiser(Protocol):
 
 def device_of(model: Denoiser) -> torch.device:
     """Where a denoiser is, also one of which nothing may move."""
-    parameters = {**model.base(), **model.live()}
+    parameters: Mapping[str, Tensor] = model.live() or model.base()
     return next(iter(parameters.values())).device
 
 
