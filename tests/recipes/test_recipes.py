@@ -127,6 +127,10 @@ def as_little_as_possible(name):
     if "rivals" in settings:
         settings["rivals"] = settings["rivals"][:2]
         settings["changes"] += ["data.partition.num_clients=8", "data.partition.num_new=3", "cohort=2"]
+        settings["changes"] += ["data.partition.images_per_client=10", "data.partition.images_per_new=20"]
+        settings["num_references"] = 16
+        if any(change.startswith("data.num_images=") for change in settings["changes"]):  # drawing them takes long
+            settings["changes"].append("data.num_images=1500")
     for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ())):
         if "changes" in part:
             part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]
