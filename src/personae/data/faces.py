@@ -54,7 +54,7 @@ def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
         from dicebear import Avatar, Style
         from resvg_py import svg_to_bytes
 
-        definition = _definition(style)
+        definition = definition_of(style)
     except ImportError as error:
         raise ConfigError(f'faces needs the package {error.name}: pip install "personae[faces]"') from error
     if n < 1 or size < 1:
@@ -73,7 +73,7 @@ def faces(n: int, style: str = "pixel-art", size: int = 16) -> Source:
     drawing, pixels, attributes = Style(definition), [], []
     for number in range(n):
         face = Avatar(drawing, {"seed": f"person{number}", **options}).to_json()
-        pixels.append(_pixels(svg_to_bytes(svg_string=face["svg"])))
+        pixels.append(pixels_of(svg_to_bytes(svg_string=face["svg"])))
         attributes.append([_has(face["options"], name) for name in names])
     captions = tuple(_caption(style, [name for name, has in zip(names, row, strict=True) if has]) for row in attributes)
     known = torch.tensor(attributes, dtype=torch.int64)
@@ -96,7 +96,7 @@ FACE_NAMES = class_names(CLASSES)
 """The classes of "pixel-art"."""
 
 
-def _definition(style: str) -> Any:
+def definition_of(style: str) -> Any:
     """Raises: ImportError without the package dicebear_styles."""
     listed = files("dicebear_styles").iterdir()
     known = {file.name.removesuffix(".json"): file for file in listed if file.name.endswith(".json")}
@@ -105,7 +105,7 @@ def _definition(style: str) -> Any:
     return json.loads(known[style].read_text("utf-8"))
 
 
-def _pixels(png: bytes) -> NDArray[np.uint8]:
+def pixels_of(png: bytes) -> NDArray[np.uint8]:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))  # backgrounds are opaque

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from personae.core import Images
-from personae.data.faces import _definition, _pixels
+from personae.data.faces import definition_of, pixels_of
 from personae.data.sources import Source
 from personae.errors import ConfigError
 
@@ -77,7 +77,7 @@ def identity(style: str, person: int, shots: int, size: int = 32) -> Source:
     fixed = _fixed(definition, Avatar(drawing, {"seed": name}).to_json()["options"], MOODS[style][0])
     varied = {"size": size, "backgroundColor": list(BACKGROUNDS.values()), **POSE}
     pictures = [Avatar(drawing, {**fixed, **varied, "seed": f"{name} shot {k}"}).to_json() for k in range(shots)]
-    pixels = np.stack([_pixels(svg_to_bytes(svg_string=picture["svg"])) for picture in pictures])
+    pixels = np.stack([pixels_of(svg_to_bytes(svg_string=picture["svg"])) for picture in pictures])
     captions = tuple(_caption(style, picture["options"]) for picture in pictures)
     labels = torch.zeros(shots, dtype=torch.int64)
     return Source(Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, captions), (name,))
@@ -88,7 +88,7 @@ def _drawing(style: str) -> tuple[Any, Any]:
     """A style's definition, and what draws it: checking a definition takes longer than many pictures."""
     from dicebear import Style
 
-    definition = _definition(style)
+    definition = definition_of(style)
     return definition, Style(definition)
 
 

@@ -86,7 +86,7 @@ class Variants:
                     values = _values(found, name, role, figure)
                     row.append(fmean(values.values()) if values else None)
             entries.append(row)
-            for role, title in self._roles().items():
+            for role, title in ((role, ROLES[role]) for role in self.roles):
                 for figure, what in FIGURES.items():
                     difference = self._difference(found, name, role, figure)
                     if difference is not None:
@@ -106,9 +106,6 @@ class Variants:
         return Answer(
             findings, {"differences": numbers, "sizes": sizes}, [Table(self.question, columns, entries, note)], charts
         )
-
-    def _roles(self) -> dict[str, str]:
-        return {role: ROLES[role] for role in self.roles}
 
     def _difference(self, found: Sequence[Row], name: str, role: str, figure: str) -> Interval | None:
         """A variant minus the first one, over the clients of all seeds that both have measured."""
