@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import shutil
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from personae.core import Arrays
-from personae.errors import MismatchedNames, ShapeError
+from personae.errors import ArtefactError, MismatchedNames, ShapeError
 from personae.personal.embedding import ClientEmbedding, clients_in, is_per_client
 
 
@@ -52,3 +55,22 @@ def load_into(
         live.update(part.named_parameters())
     for name, value in live.items():
         value.copy_(params[name])
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the wanted name when all of it is there, and is gone otherwise.
+
+    Raises: ArtefactError, when `folder` exists and is not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        partial.replace(folder)
+    except OSError as error:
+        raise ArtefactError(f"writing {folder} failed: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from personae.backbone.parts import copies, load_into
+from personae.backbone.parts import copies, load_into, written_whole
 from personae.backbone.schedule import Schedule, load_schedule
 from personae.backbone.vocabulary import read_tokenizer, write_vocabulary
 from personae.core import Arrays, Batch, Cond, Select, everything, nothing, pick
@@ -318,11 +317,7 @@ def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
 
     if not model.is_bare:
         raise ConfigError(f"{folder}: the model has parts of a client; a pipeline is written without, and parts alone")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(folder) as partial:
         scheduler = DDIMScheduler.from_config(_with(model.schedule.config, **SAVED_SCHEDULE))
         pipeline = StableDiffusionPipeline(
             model.vae,
@@ -341,11 +336,6 @@ def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
         weights = {_published(name): value for name, value in pipeline.text_encoder.state_dict().items()}
         pipeline.text_encoder.save_pretrained(partial / "text_encoder", state_dict=weights)
         write_vocabulary(model.tokenizer, partial / "tokenizer")
-        partial.replace(folder)
-    except OSError as error:
-        raise ArtefactError(f"writing {folder} failed: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 SAVED_SCHEDULE = {"steps_offset": 1, "timestep_spacing": "trailing"}

@@ -16,7 +16,6 @@ Letters in shapes: `B` batch, `C H W` image.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from personae.backbone.parts import copies, load_into
+from personae.backbone.parts import copies, load_into, written_whole
 from personae.backbone.places import Head, heads
 from personae.backbone.schedule import Schedule, load_schedule
 from personae.core import Arrays, Batch, Cond, Select, everything, pick
@@ -306,15 +305,6 @@ def save_pipeline(model: UNetDenoiser, folder: Path) -> None:
 
     Raises: ArtefactError, when the folder exists and is not empty; ConfigError, when the vector cannot be folded.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written_whole(folder) as partial:
         scheduler = DDPMScheduler.from_config(dict(model.schedule.config))
         DDPMPipeline(unet=model.folded(), scheduler=scheduler).save_pretrained(partial)
-        partial.replace(folder)
-    except OSError as error:
-        raise ArtefactError(f"writing {folder} failed: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
