@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -104,7 +105,9 @@ def test_a_study_leaves_a_folder_that_explains_itself(recipe, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     for part in ("How far dice fall", saved.summary["findings"][0], "all of &lt;them&gt;", "throws = 3", "<svg"):
         assert part in page
-    assert (tmp_path / "out" / "charts" / "eyes.svg").read_text("utf-8").startswith("<svg xmlns=")
+    assert (
+        ElementTree.parse(tmp_path / "out" / "charts" / "eyes.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    )
     assert "var(--" not in (tmp_path / "out" / "charts" / "eyes.svg").read_text("utf-8")
     assert [(now.client, now.clients_done, now.clients) for now in told[:2]] == [
         ("sides 6 throw 0", 1, 6),
@@ -227,8 +230,9 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_stops_every_process_and_the_study_goes_on(recipe, tmp_path):
-    script, folder = tmp_path / "script.py", tmp_path / "out"
+def started(recipe, folder):
+    """A study of two workers in a process group of its own, after its first measurement."""
+    script = folder.parent / "script.py"
     here = str(Path(__file__).parent)
     script.write_text(STOPPED.format(here=here, recipe=str(recipe), out=str(folder)), "utf-8")
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -236,9 +240,34 @@ def test_ctrl_c_stops_every_process_and_the_study_goes_on(recipe, tmp_path):
     while not ((folder / "cells.jsonl").is_file() and (folder / "cells.jsonl").read_bytes()):
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
         time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_stops_every_process_and_the_study_goes_on(recipe, tmp_path):
+    folder = tmp_path / "out"
+    process = started(recipe, folder)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and "Continue with: personae resume" in error and "Traceback" not in error
     done = len((folder / "cells.jsonl").read_text("utf-8").splitlines())
     assert 1 <= done < 7
     assert len(resume_study(folder).rows) == 7
+
+
+def test_a_killed_study_leaves_no_process_behind(recipe, tmp_path):
+    process = started(recipe, tmp_path / "out")
+    process.kill()
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while group_lives(process.pid):
+        assert time.monotonic() < deadline, "a worker goes on without its study"
+        time.sleep(0.05)
+    process.stderr.close()
+
+
+def group_lives(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True

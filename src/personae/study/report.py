@@ -16,6 +16,9 @@ from personae.evaluate.report import page_of
 from personae.study.config import StudyRecipe
 from personae.study.study import Answer, Entry, Picture, Table
 
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+"""A page of HTML knows them; a file must say them."""
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -62,12 +65,9 @@ def shown(entry: Entry) -> str:
 def standalone(markup: Markup) -> str:
     """An SVG file of its own: with the colours that its page would bring, and a white ground."""
     drawing = str(markup)  # as Markup, what is put in would be escaped
-
     for name, code in COLOURS.items():
         drawing = drawing.replace(f"var(--{name})", code)
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        "max-width", "background: white; max-width", 1
-    )
+    return drawing.replace("<svg ", f"<svg {NAMESPACES} ", 1).replace("max-width", "background: white; max-width", 1)
 
 
 def _data(folder: Path, picture: Picture) -> str:

@@ -118,10 +118,12 @@ class Variants:
         return unpaired(list(ours.values()), list(theirs.values()))
 
     def _chart(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
+        shown = sorted(names, key=float) if all(name.isdecimal() for name in names) else names
+
         def draw(axes: Axes) -> None:
             tones = {"train": "real", "new": "after"}
             for offset, (role, tone) in enumerate((role, tones[role]) for role in self.roles):
-                for at, name in enumerate(names):
+                for at, name in enumerate(shown):
                     values = list(_values(found, name, role, figure).values())
                     if not values:
                         continue
@@ -130,13 +132,18 @@ class Variants:
                     axes.plot([place, place], [mean.low, mean.high], color=COLOURS[tone], linewidth=2.2)
                     axes.plot(place, mean.mean, "o", color=COLOURS[tone], markersize=6)
                 axes.plot([], [], "o", color=COLOURS[tone], label=ROLES[role])
-            axes.set_xticks(range(len(names)), names)
+            axes.set_xticks(range(len(shown)), shown)
             axes.grid(visible=False, axis="x")
-            axes.set(title=f"{FIGURES[figure].capitalize()}: {self.question}", xlim=(-0.6, len(names) - 0.4))
+            axes.set(title=FIGURES[figure].capitalize(), xlabel=self.question, xlim=(-0.6, len(shown) - 0.4))
             axes.legend(loc="best")
 
         drawing = chart(figure, max(4.2, 1.15 * len(names) + 1), 3.3, draw, f"{FIGURES[figure]} by variant")
-        return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
+        return Chart(
+            figure,
+            drawing,
+            f"Small dots are clients, large ones means with their 95 % interval over clients. The others are compared "
+            f"with {names[0]}.",
+        )
 
 
 def _trained_by_new(row: Row) -> int | None:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,4 +234,13 @@ def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
 
 def _begin(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says what a stop means
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_the_first() -> None:
+    """When the first process is killed, nobody takes the figures; a model in training would stay locked."""
+    first = multiprocessing.parent_process()
+    if first is not None:
+        first.join()
+        os._exit(1)
