@@ -9,18 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from personae.backbone.pipeline import COMPONENTS, SIZES, fresh, open_pipeline, save_pipeline
 from personae.backbone.schedule import schedule
-from personae.backbone.text2image import (
-    COMPONENTS,
-    SIZES,
-    TEXT,
-    UNET,
-    Networks,
-    TextToImage,
-    fresh,
-    open_pipeline,
-    save_pipeline,
-)
+from personae.backbone.text2image import TEXT, UNET, Networks, TextToImage, Vector
 from personae.backbone.vocabulary import write_tokenizer
 from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
@@ -105,10 +96,10 @@ def test_the_contract_with_parts(make):
 
 def test_parts_have_names_of_their_own_and_hide_what_peft_calls_the_rest(make):
     model, bare = make(nothing, **PARTS), make(nothing)
-    assert set(model.base()) == set(bare.base()) and not model.is_bare
+    assert set(model.base()) == set(bare.base())
     assert {name.rsplit(".", 1)[1] for name in model.params()} == {"lora_A", "lora_B", "<rex>"}
     model.load(model.initial(stream(1)))
-    assert torch.equal(model.condition(BATCH), bare.condition(BATCH))
+    assert torch.equal(model.condition(BATCH).text, bare.condition(BATCH).text)
     t, cond = torch.tensor([1, 2, 3]), bare.condition(BATCH)
     latents = bare.encode(BATCH.images)
     assert torch.equal(model.forward(latents, t, cond), bare.forward(latents, t, cond)), "new parts add nothing"
@@ -120,7 +111,7 @@ def test_a_new_word_is_read_where_it_stands(make):
     assert dog[0, :6].tolist() == [plain[0, 0], plain[0, 1], 535, 536, plain[0, 2], plain[0, 3]]
     model.load({**model.initial(stream(1)), "tokens.<rex>": torch.ones(2, 16)})
     told = model.condition(Batch(BATCH.images, BATCH.unconditional, ("a <rex>", "a dog", "a cat")))
-    assert not torch.allclose(told[0], told[1])
+    assert not torch.allclose(told.text[0], told.text[1])
 
 
 def test_adapters_take_the_rank_that_is_loaded_or_nothing_changes(make):
@@ -133,9 +124,66 @@ def test_adapters_take_the_rank_that_is_loaded_or_nothing_changes(make):
     assert all(torch.equal(values[name], value) for name, value in model.params().items())
 
 
-def test_a_pipeline_is_written_without_parts(make, tmp_path):
-    with pytest.raises(ConfigError, match="the model has parts of a client"):
-        save_pipeline(make(nothing, **PARTS), tmp_path / "pipeline")
+@pytest.mark.parametrize("parts", [{"words": PARTS["words"]}, {"vector": Vector(4, "token")}])
+def test_what_bare_networks_have_no_weights_for_is_not_written(make, tmp_path, parts):
+    with pytest.raises(ConfigError, match="cannot be written as a pipeline of its own"):
+        save_pipeline(make(nothing, **parts), tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize("parts", [{"lora": Lora(2, "self+cross+text", alpha=3)}, {"vector": Vector(5)}])
+def test_a_pipeline_with_parts_in_its_weights_draws_the_same(make, tmp_path, parts):
+    model = make(nothing, **parts)
+    model.load({name: torch.randn(v.shape, generator=stream(3, name)) for name, v in model.params().items()})
+    before = model.params()
+    save_pipeline(model, tmp_path / "pipeline")
+    opened, bare = open_pipeline(tmp_path / "pipeline"), make(nothing)
+    latents, t = torch.randn(3, 4, 4, 4, generator=stream(0)), torch.tensor([1, 200, 900])
+    own = Batch(BATCH.images, torch.zeros(3, dtype=torch.bool), BATCH.captions)
+    ours, theirs, without = (m.forward(latents, t, m.condition(own)) for m in (model, opened, bare))
+    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, without, atol=1e-2)
+    assert all(torch.equal(before[name], value) for name, value in model.params().items())
+
+
+# --- a client's vector ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vector", [Vector(32), Vector(3), Vector(16, "token"), Vector(3, "token", "noise")])
+def test_the_contract_with_a_vector(make, vector):
+    latents = Batch(torch.randn(3, 4, 4, 4, generator=stream(0)), BATCH.unconditional, BATCH.captions)
+    check_denoiser(lambda: make(nothing, vector=vector), latents)
+
+
+def test_a_vector_is_a_few_numbers_and_the_null_one_stands_for_nobody(make):
+    """32 is the width of this U-Net's time embedding, 16 of a token's vector: no projection is needed then."""
+    bare = make(nothing)
+    latents, t, alone = torch.randn(3, 4, 4, 4, generator=stream(0)), torch.tensor([1, 200, 900]), BATCH.unconditional
+    expected = bare.forward(latents, t, bare.condition(BATCH))
+    for vector, tolerance in ((Vector(32), 1e-6), (Vector(16, "token"), 0.05)):
+        model = make(nothing, vector=vector)
+        assert set(model.params()) == {"embedding.weight", "null_embedding.weight"}
+        model.load({**model.initial(stream(1)), "embedding.weight": torch.full((1, vector.width), 3.0)})
+        drawn = model.forward(latents, t, model.condition(BATCH))
+        assert torch.allclose(drawn[alone], expected[alone], atol=tolerance), vector
+        assert not torch.allclose(drawn[~alone], expected[~alone], atol=1e-3), vector
+
+
+def test_several_clients_vectors_stand_side_by_side(make):
+    model = make(nothing, vector=Vector(16, "token"))
+    values = torch.randn(2, 16, generator=stream(4))
+    model.load({**model.initial(stream(1)), "embedding.weight": values}, 2)
+    latents, t = torch.randn(2, 4, 4, 4, generator=stream(0)), torch.tensor([5, 5])
+    none, said = torch.zeros(2, dtype=torch.bool), ("a dog", "a cat")
+    both = model.forward(latents, t, model.condition(Batch(latents, none, said, torch.tensor([0, 1]))))
+    for row in (0, 1):
+        model.load({**model.params(), "embedding.weight": values[row : row + 1]})
+        told = model.condition(Batch(latents[:1], none[:1], said[row : row + 1]))
+        assert torch.allclose(model.forward(latents[row : row + 1], t[:1], told)[0], both[row], atol=1e-5)
+
+
+def test_a_place_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="place 'blocks'; expected at least 1, and for a text-to-image model of time"):
+        Vector(4, "blocks")
 
 
 def test_names_are_those_of_the_bare_models(make):
@@ -160,23 +208,23 @@ def test_pictures_become_latents_and_latents_stay(make):
 
 def test_an_unconditional_example_reads_the_empty_text(make):
     model = make()
-    cond = model.condition(BATCH)
-    assert torch.equal(cond[2], model.condition(Batch(BATCH.images[:1], torch.tensor([False])))[0])
+    cond = model.condition(BATCH).text
+    assert torch.equal(cond[2], model.condition(Batch(BATCH.images[:1], torch.tensor([False]))).text[0])
     assert not torch.allclose(cond[0], cond[1]) and not torch.allclose(cond[0], cond[2])
 
 
 def test_what_was_told_is_not_remembered_when_the_text_encoder_changes(make):
     model = make(under(TEXT))
     with torch.no_grad():
-        before = model.condition(BATCH)
+        before = model.condition(BATCH).text
         model.load({name: value + 0.1 for name, value in model.params().items()})
-        assert not torch.allclose(model.condition(BATCH), before)
+        assert not torch.allclose(model.condition(BATCH).text, before)
     images = Images(torch.zeros(4, 4, 4, 4), captions=("a dog", "a cat", "a tree", "a dog"))
     with torch.no_grad():
-        before = model.condition(BATCH)
+        before = model.condition(BATCH).text
     fit(Client("a", ClientData(images, images), model, stream(1)), everything, Training(2, 0.1, 2))
     with torch.no_grad():
-        assert not torch.allclose(model.condition(BATCH), before)
+        assert not torch.allclose(model.condition(BATCH).text, before)
 
 
 def test_a_caption_that_is_too_long_is_refused_not_cut(make):
@@ -202,10 +250,8 @@ def test_what_is_saved_opens_here_and_in_diffusers(make, folder):
     assert pipeline("a dog left of a tree", num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
     ids = pipeline.tokenizer("a dog", padding="max_length", return_tensors="pt")["input_ids"]
     assert torch.equal(ids, model.tokens(["a dog"]))
-    states = pipeline.text_encoder(ids)[0]
-    assert torch.allclose(
-        states, model.condition(Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",))), atol=1e-5
-    )
+    told = model.condition(Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",)))
+    assert torch.allclose(pipeline.text_encoder(ids)[0], told.text, atol=1e-5)
 
 
 def test_half_precision_is_half_the_size_and_leaves_the_model_alone(make, tmp_path):
@@ -279,7 +325,7 @@ def test_captions_are_encoded_as_in_sampling_whatever_trained_before(make):
         Client("a", ClientData(images, images), model, stream(1)), everything, Training(1, 0.1, 2, precision="bfloat16")
     )
     batch = Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",))
-    assert torch.equal(model.condition(batch), clean.condition(batch))
+    assert torch.equal(model.condition(batch).text, clean.condition(batch).text)
 
 
 def test_names_are_those_of_published_files(make, folder):

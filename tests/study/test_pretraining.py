@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from personae.artefact.save import load_state
-from personae.backbone.text2image import open_pipeline
+from personae.backbone.pipeline import open_pipeline
 from personae.core import Client, ClientData, Images, Training, everything, stream
 from personae.data.emoji import HELD_OUT_STYLES, emoji
 from personae.errors import ConfigError

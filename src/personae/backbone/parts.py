@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,17 @@ def load_into(
         live.update(part.named_parameters())
     for name, value in live.items():
         value.copy_(params[name])
+
+
+def refuse_partial(folder: Path, found: Mapping[str, Any]) -> None:
+    """`found` is the loading info of `from_pretrained`, which draws what is missing at random and says no more than a
+    log line.
+
+    Raises: ArtefactError, when weights are missing or unknown.
+    """
+    for what, names in (("lack", found["missing_keys"]), ("have unknown", found["unexpected_keys"])):
+        if names:
+            raise ArtefactError(f"the weights in {folder} {what} {', '.join(sorted(names)[:3])}; save the model again")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from personae.backbone.parts import copies, load_into, written_whole
+from personae.backbone.parts import copies, load_into, refuse_partial, written_whole
 from personae.backbone.places import Head, heads
 from personae.backbone.schedule import Schedule, load_schedule
 from personae.core import Arrays, Batch, Cond, Select, everything, pick
@@ -284,12 +284,7 @@ def open_folder(
         )
     except (OSError, RuntimeError) as error:
         raise ArtefactError(f"the weights in {unet_folder} cannot be read: {error}") from error
-    # diffusers draws what is missing at random, with no more than a log line.
-    for what, names in (("lack", found["missing_keys"]), ("have unknown", found["unexpected_keys"])):
-        if names:
-            raise ArtefactError(
-                f"the weights in {unet_folder} {what} {', '.join(sorted(names)[:3])}; save the model again"
-            )
+    refuse_partial(unet_folder, found)
     return UNetDenoiser(
         unet.train(),
         load_schedule(scheduler_folder),

@@ -103,6 +103,10 @@ class Adapters:
             for name, value in self.live().items()
         }
 
+    def changes(self) -> dict[str, Tensor]:
+        """scale * B A by the name of the weight that it is added to."""
+        return {f"{name}.weight": layer.get_delta_weight(SLOT) for name, layer in self._layers.items()}
+
     def differ(self, params: Arrays) -> bool:
         """True, when these parameters have other ranks than the adapters."""
         return bool(self._others(params))

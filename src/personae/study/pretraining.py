@@ -21,8 +21,9 @@ from torch import Tensor
 
 from personae.artefact.save import load_state, save_state, write_json
 from personae.backbone.autoencoder import fit_autoencoder, set_scale
+from personae.backbone.pipeline import SIZES, fresh, save_pipeline
 from personae.backbone.schedule import schedule
-from personae.backbone.text2image import SIZES, TextToImage, fresh, save_pipeline
+from personae.backbone.text2image import TextToImage
 from personae.backbone.vocabulary import read_tokenizer, write_tokenizer
 from personae.core import Arrays, Client, ClientData, Images, State, Training, everything, stream
 from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scenes, vocabulary
