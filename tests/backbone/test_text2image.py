@@ -5,14 +5,11 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from personae.backbone.pipeline import COMPONENTS, SIZES, fresh, open_pipeline, save_pipeline
-from personae.backbone.schedule import schedule
-from personae.backbone.text2image import TEXT, UNET, Networks, TextToImage, Vector
-from personae.backbone.vocabulary import write_tokenizer
+from personae.backbone.text2image import TEXT, UNET, TextToImage, Vector
 from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.infer.sample import sample
@@ -20,54 +17,19 @@ from personae.local.fit import fit
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 from personae.testing import check_denoiser
-
-SCHEDULE = schedule(prediction_type="v_prediction", clip_sample=False)
+from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    words = ["a", "drawing", "of", "dog", "cat", "tree", "left", "above"]
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), words, max_tokens=600, length=12)
+    return tiny_networks(tmp_path_factory.mktemp("tokenizer")).tokenizer
 
 
 @pytest.fixture
-def make(tokenizer):
+def make(tmp_path_factory):
     """The smallest networks that have every kind of layer."""
-
-    def make(opened=everything, **parts):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            vae = AutoencoderKL(
-                block_out_channels=(8, 8),
-                norm_num_groups=4,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                latent_channels=4,
-            )
-            text = CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=12,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            unet = UNet2DConditionModel(
-                sample_size=4,
-                block_out_channels=(8, 8),
-                norm_num_groups=4,
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=2,
-                cross_attention_dim=16,
-            )
-            return TextToImage(Networks(vae, tokenizer, CLIPTextModel(text), unet), SCHEDULE, opened, **parts)
-
-    return make
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return lambda opened=everything, **parts: TextToImage(tiny_networks(folder), SCHEDULE, opened, **parts)
 
 
 BATCH = Batch(

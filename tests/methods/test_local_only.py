@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from personae.artefact.run_folder import RunFolder
-from personae.core import Training
+from personae.core import Training, stream
 from personae.engine import InProcess
+from personae.errors import ConfigError
 from personae.methods import LocalOnly
 from personae.testing import tiny_job, tiny_population
 from personae.testing.contract import differing
@@ -37,3 +39,13 @@ def test_a_new_client_trains_a_model_of_its_own():
     run = InProcess().run(tiny_job(METHOD))
     assert run.personal["n0"].params.keys() == run.personal["c0"].params.keys()
     assert not torch.equal(run.personal["n0"].params["input.weight"], run.personal["c0"].params["input.weight"])
+
+
+def test_a_vector_may_take_larger_steps_than_weights():
+    slow, fast = (InProcess().run(tiny_job(replace(METHOD, vector_rate=rate), rounds=1)) for rate in (1.0, 1e-6))
+    name = "embedding.weight"
+    start = tiny_population(3).model.initial(stream(0, "c0", "init"))[name]
+    moved = [float((run.personal["c0"].params[name] - start).abs().max()) for run in (slow, fast)]
+    assert moved[0] > 1e-3 and moved[1] < 1e-6
+    with pytest.raises(ConfigError, match="vector_rate is 0"):
+        LocalOnly(METHOD.training, METHOD.adapt, vector_rate=0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 from personae.backbone.parts import refuse_partial, written_whole
 from personae.backbone.schedule import load_schedule
@@ -21,6 +24,33 @@ from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    # 8 x 8 pictures in latents of 4 x 4 x 4: every kind of layer and hardly any weights, for tests.
+    "smallest": {
+        "vae": {
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+        },
+        "text": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 12,
+        },
+        "unet": {
+            "sample_size": 4,
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        },
+    },
     # 32 x 32 pictures in latents of 8 x 8 x 4.
     "tiny": {
         "vae": {
@@ -119,11 +149,24 @@ SAVED_SCHEDULE = {"steps_offset": 1, "timestep_spacing": "trailing"}
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which are done before anybody can read them."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _weights(kind: Any, folder: Path) -> Any:
     try:
-        model, found = kind.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with quiet():
+            model, found = kind.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # each of the libraries below has kinds of its own for a damaged file
         raise ArtefactError(f"{folder} cannot be read as {kind.__name__}: {error}") from error
     refuse_partial(folder, found)
@@ -146,12 +189,12 @@ def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.f
     from diffusers import StableDiffusionPipeline  # half of transformers comes with it, and its warnings
 
     networks = model.folded()
-    with written_whole(folder) as partial:
+    with written_whole(folder) as partial, quiet():
         pipeline = StableDiffusionPipeline(
-            networks.vae.to(dtype),
+            nn.Module.to(networks.vae, dtype),  # diffusers' own `to` warns of modules that these do not have
             networks.text_encoder,
             networks.tokenizer,
-            networks.unet.to(dtype),
+            nn.Module.to(networks.unet, dtype),
             DDIMScheduler.from_config(_with(model.schedule.config, **SAVED_SCHEDULE)),
             None,
             None,

@@ -78,6 +78,8 @@ class UNetDenoiser(nn.Module):
     `null_embedding.weight`, and where needed `embedding_projection.weight` and `embedding_heads.*`.
     """
 
+    reads_captions = False
+
     def __init__(
         self,
         unet: UNet2DModel,
@@ -111,6 +113,11 @@ class UNetDenoiser(nn.Module):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels, height, width)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of a picture: channels, height, width."""
+        return self.sample_shape
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return images

@@ -95,19 +95,46 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
 
 @app.command()
 def personalize(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a text-to-image pipeline.")],
     data: Annotated[Path, typer.Option(help="A folder of the new client's images; with --each, of such folders.")],
     name: Annotated[str | None, typer.Option(help="What to call the new client.")] = None,
     each: Annotated[
         bool, typer.Option("--each", help="Every sub-folder is a new client, called as it; they train together.")
     ] = False,
     at_once: Annotated[int, typer.Option(help="With --each: clients in one batch; fewer need less memory.")] = 16,
+    method: Annotated[
+        str | None, typer.Option(help="Of a pipeline: lora, tokens, lora+tokens or embedding, the part that trains.")
+    ] = None,
+    noun: Annotated[str | None, typer.Option(help='Of a pipeline: what the images show, such as "dog".')] = None,
+    steps: Annotated[int, typer.Option(help="Of a pipeline: steps of training.")] = 400,
+    rank: Annotated[int, typer.Option(help="Of a pipeline: the adapters' rank.")] = 4,
+    lr: Annotated[float | None, typer.Option(help="Of a pipeline: learning rate, when not the method's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of a pipeline: the run's new folder; runs/NAME-METHOD when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Add a client that nobody has seen: trains only its own part, uploads nothing."""
+    """Add a client that nobody has seen: trains only its own part, uploads nothing.
+
+    Of a RUN, the part that its method makes personal. Of a pipeline's folder, the part that --method names; the folder
+    stays as it is, and a run is written.
+    """
     from personae.errors import ConfigError
+    from personae.recipe.models import is_text_to_image
     from personae.recipe.workflow import open_run
 
+    if is_text_to_image(run):
+        if each or method is None or noun is None:
+            raise ConfigError(
+                f"{run} is a pipeline; say --method lora, tokens, lora+tokens or embedding, and --noun, what the "
+                "images show, and leave out --each"
+            )
+        _personal_run(run, data, method, noun, name or "own", {"steps": steps, "rank": rank, "lr": lr}, out, as_json)
+        return
+    if method or noun or out:
+        raise ConfigError(
+            f"--method, --noun and --out are for a pipeline's folder; {run} is none: it has no text_encoder"
+        )
     if (name is None) != each:
         raise ConfigError(
             "--each takes the names from the sub-folders; leave out --name"
@@ -127,6 +154,40 @@ def personalize(
             f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}",
             f"wrote {saved.folder / 'clients' / (name + '.safetensors')}",
             f"next: personae sample {run} --client {name} -n 16",
+        ],
+    )
+
+
+def _personal_run(
+    model: Path,
+    data: Path,
+    method: Any,
+    noun: str,
+    name: str,
+    options: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """A run of one client on a pipeline."""
+    from personae.cli.progress import Progress
+    from personae.recipe.personal import personal_recipe
+    from personae.recipe.workflow import run as train
+
+    recipe = personal_recipe(model, data, method, noun, name=name, **options)
+    folder = out if out is not None else Path("runs") / recipe.name
+    with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
+        saved = train(recipe, folder, watch=watch)
+    figures = saved.summary["clients"][name]
+    file, report = folder / "clients" / f"{name}.safetensors", folder / "report.html"
+    said = str(recipe.data.caption)
+    _print(
+        as_json,
+        {"client": name, "file": str(file), "report": str(report), **figures},
+        [
+            f"{name}: {figures['trained_parameters']:,} numbers trained, {figures['num_images']} images, nothing sent",
+            f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}",
+            f"wrote {file}; report: {report}",
+            f'next: personae sample {folder} --client {name} --prompt "{said}" -n 8',
         ],
     )
 
@@ -154,31 +215,45 @@ def _personalized(saved: Any, many: dict[str, dict[str, Any]], as_json: bool) ->
 
 @app.command()
 def sample(
-    run: RunArgument,
-    client: Annotated[str, typer.Option(help="Whose personal model draws.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a text-to-image pipeline.")],
+    client: Annotated[str | None, typer.Option(help="Of a run: whose personal model draws.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for models that read text.")] = None,
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
     out: Annotated[
         Path | None, typer.Option(help="A new folder for them; RUN/samples/<client>-<seed> when left out.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of a pipeline: DPM-Solver++ steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Of a pipeline: how far to follow the prompt.")] = 3.0,
     as_json: Json = False,
 ) -> None:
-    """Draw images from a client's personal model, as PNG files and one grid."""
-    from personae.errors import ArtefactError
+    """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
+    from personae.errors import ArtefactError, ConfigError
     from personae.evaluate.grids import save_grid
+    from personae.recipe.models import draw_from_pipeline, is_text_to_image
     from personae.recipe.workflow import open_run
 
+    plain = is_text_to_image(run)
+    if plain and (prompt is None or client is not None or out is None):
+        raise ConfigError(
+            f"{run} is a pipeline; say --prompt, what to draw, and --out, where to, and leave out --client"
+        )
+    if not plain and client is None:
+        raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
     folder = out or run / "samples" / f"{client}-{seed}"
     if folder.exists() and any(folder.iterdir()):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
-    images = open_run(run).sample(client, num_images, seed=seed)
+    if plain:
+        images = draw_from_pipeline(run, str(prompt), num_images, seed=seed, steps=steps, guidance=guidance)
+    else:
+        images = open_run(run).sample(str(client), num_images, seed=seed, prompt=prompt)
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         save_grid(folder / f"{number:04d}.png", image[None], columns=1, scale=1)
     save_grid(folder / "grid.png", images, columns=8)
     _print(
         as_json,
-        {"client": client, "num_images": num_images, "folder": str(folder)},
+        {"client": client, "prompt": prompt, "num_images": num_images, "folder": str(folder)},
         [f"wrote {num_images} images and grid.png to {folder}"],
     )
 

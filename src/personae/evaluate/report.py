@@ -112,6 +112,7 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "mean": {key: _mean_pair(new, key) for key in ("histogram_distance", "heldout_loss")},
         "new": [_card(name, client, pictures, names) for name, client in shown_new.items()],
         "train": [_card(name, client, pictures, names) for name, client in shown_train.items()],
+        "previews": _previews(folder),
         "loss_chart": loss_chart(rounds),
         "smoothing": window(len(rounds)),
         "dot_charts": [
@@ -165,6 +166,12 @@ def _left_out(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _pictures(folder: Path) -> dict[str, dict[str, Any]]:
     """By file name, so that a client's name is only ever looked up and never opened as a path."""
     return {path.stem: _picture(path) for path in sorted((folder / "samples").glob("*.png")) if path.is_file()}
+
+
+def _previews(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """By round."""
+    found = sorted((folder / "previews").glob("*.png"))
+    return [(int(path.stem), _picture(path)) for path in found if path.stem.isdecimal()]
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -264,7 +271,10 @@ def _card(name: str, client: Numbers, pictures: Mapping[str, Any], names: Sequen
                 "heldout_loss_before",
             )
         },
-        "pictures": [(kind, pictures.get(file)) for kind, file in wanted.items() if new or kind != "before"],
+        "pictures": [
+            (kind, pictures.get(file)) for kind, file in wanted.items() if new or kind != "before" or file in pictures
+        ],
+        "has_before": wanted["before"] in pictures,
         "bars": class_bars(name, client, names),
     }
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from personae.core import Arrays
@@ -72,6 +70,9 @@ class Adapters:
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], options: Lora) -> None:
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import, and recipes name options only
+        from peft.tuners.lora import LoraLayer
+
         self.options = options
         self._layers: dict[str, Any] = {}
         patterns = PATTERNS[options.targets]

@@ -1,4 +1,4 @@
-"""From a recipe to the things that it names: data, denoiser, population, job."""
+"""From a recipe to the things that it names: data, population, job. `models.py` makes the denoiser."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from torch import Tensor
 
 from personae.aggregate import rule_by_name
 from personae.attack import Poisoned
-from personae.backbone import unet
-from personae.backbone.schedule import schedule
-from personae.backbone.unet import UNetDenoiser
 from personae.core import Client, ClientData, Images, Job, Site, stream
 from personae.data import (
     SOURCES,
@@ -34,6 +31,7 @@ from personae.data.sources import Source
 from personae.engine.patience import Patience
 from personae.engine.population import Pooled, Population, Roster
 from personae.errors import ConfigError, DataError
+from personae.recipe.models import Model, build_denoiser
 from personae.recipe.schema import Data, Partition, Recipe
 
 
@@ -68,16 +66,19 @@ def build_clients(recipe: Recipe) -> Clients:
         spare: tuple[Images, ...] = ()
     else:
         source, partition = _source(data), data.partition
-        assert partition is not None, "checked when the recipe was read"
         if data.new:
             raise ConfigError(
                 "data.new names clients of source 'clients'; here data.partition.num_new holds clients out"
             )
-        dealt = _parts(source, partition, seed)
-        num_train = len(dealt) - partition.num_new
-        # "fixed_new" deals the same new clients whoever trains, and so under the same names.
-        newcomers = _numbered("n", partition.num_new) if partition.kind == "fixed_new" else ()
-        names = (*_numbered("c", len(dealt))[: len(dealt) - len(newcomers)], *newcomers)
+        if partition is None:
+            dealt, num_train = [torch.arange(len(source.images))], 1
+            names: tuple[str, ...] = (data.name,)
+        else:
+            dealt = _parts(source, partition, seed)
+            num_train = len(dealt) - partition.num_new
+            # "fixed_new" deals the same new clients whoever trains, and so under the same names.
+            newcomers = _numbered("n", partition.num_new) if partition.kind == "fixed_new" else ()
+            names = (*_numbered("c", len(dealt))[: len(dealt) - len(newcomers)], *newcomers)
         images = {name: source.images[part] for name, part in zip(names, dealt, strict=True)}
         label_names = source.label_names
         held = torch.zeros(len(source.images), dtype=torch.bool)
@@ -86,8 +87,16 @@ def build_clients(recipe: Recipe) -> Clients:
         train, new = names[:num_train], names[num_train:]
     _check_attackers(recipe, train)
     shares = dict.fromkeys(train, data.heldout) | dict.fromkeys(new, data.heldout_new or data.heldout)
-    parts = {name: split_client(name, images[name], shares[name], seed) for name in images}
+    parts = {name: split_client(name, said(images[name], data), shares[name], seed) for name in images}
+    _check_words(recipe, parts)
     return Clients(parts, train, new, label_names, spare)
+
+
+def said(images: Images, data: Data) -> Images:
+    """With the recipe's caption for images that have none."""
+    if images.captions or data.caption is None:
+        return images
+    return Images(images.pixels, images.labels, (data.caption,) * len(images))
 
 
 def _numbered(letter: str, num: int) -> tuple[str, ...]:
@@ -101,6 +110,17 @@ def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:
         if isinstance(method, Poisoned) and (lost := sorted(set(method.clients) - set(train))):
             raise ConfigError(f"wrap.poisoned.clients: {', '.join(lost)} do not train; who does: {', '.join(train)}")
         method = getattr(method, "method", None)
+
+
+def _check_words(recipe: Recipe, parts: Mapping[str, ClientData]) -> None:
+    """Of a new word that nobody says nothing would be learned."""
+    words = recipe.backbone.words.words if recipe.backbone.words is not None else ()
+    for name, data in parts.items():
+        if words and not any(word in text.lower() for text in data.train.captions for word in words):
+            raise ConfigError(
+                f"no caption of client {name!r} says {' or '.join(words)}, so that it would not train; set "
+                "data.caption, or write it into the metadata.jsonl beside the images"
+            )
 
 
 def split_client(name: str, images: Images, heldout: float, seed: int) -> ClientData:
@@ -126,7 +146,16 @@ def _source(data: Data) -> Source:
             Path(str(data.path)), size=int(data.size or 0), channels=data.channels, on_unreadable=data.on_unreadable
         )
     load = SOURCES[data.source]
-    given = {"size": ("size", data.size), "n": ("num_images", data.num_images), "root": ("path", data.path)}
+    given = {
+        "size": ("size", data.size),
+        "n": ("num_images", data.num_images),
+        "shots": ("num_images", data.num_images),
+        "root": ("path", data.path),
+        "styles": ("styles", data.styles),
+        "names": ("names", data.names),
+        "style": ("style", data.style),
+        "person": ("person", data.person),
+    }
     options = {argument: value for argument, (_, value) in given.items() if value is not None}
     if unfit := [given[argument][0] for argument in options if argument not in signature(load).parameters]:
         raise ConfigError(f"source {data.source!r} does not take data.{' or data.'.join(unfit)}; leave it out")
@@ -175,37 +204,6 @@ def _parts(source: Source, partition: Partition, seed: int) -> list[Tensor]:
     return dirichlet(labels, count, float(partition.alpha or 0), rng, min_images=partition.min_images)
 
 
-def build_denoiser(recipe: Recipe, sample_shape: tuple[int, ...]) -> UNetDenoiser:
-    """Raises: ConfigError, ArtefactError."""
-    backbone, (channels, _, size) = recipe.backbone, sample_shape
-    width = backbone.embedding.width if backbone.embedding is not None else None
-    place = backbone.embedding.place if backbone.embedding is not None else "time"
-    start = backbone.embedding.start if backbone.embedding is not None else "noise"
-    if backbone.folder is not None:
-        model = unet.open_folder(Path(backbone.folder), embedding_width=width, place=place, start=start)
-        if model.sample_shape != sample_shape:
-            raise ConfigError(
-                f"the backbone in {backbone.folder} draws {list(model.sample_shape)}, the images are "
-                f"{list(sample_shape)} (channels, height, width); set data.size and data.channels"
-            )
-    else:
-        model = unet.preset(
-            str(backbone.preset),
-            schedule(backbone.num_timesteps, backbone.beta_schedule, backbone.prediction_type),
-            size=size,
-            channels=channels,
-            embedding_width=width,
-            place=place,
-            start=start,
-            scale_shift=backbone.scale_shift,
-        )
-    try:
-        return model.to(recipe.machine.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, for a bad name and for what is not there
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"machine.device {recipe.machine.device!r} cannot be used here: {reason}") from error
-
-
 @dataclass(frozen=True)
 class RecipeSite:
     """The clients' half, made from the recipe where it is needed: each process builds it once, and sends only this."""
@@ -238,7 +236,7 @@ def sample_shape(recipe: Recipe) -> tuple[int, int, int]:
     return (channels, height, width)
 
 
-def build_job(recipe: Recipe, clients: Clients, model: UNetDenoiser, folder: Path | None) -> Job:
+def build_job(recipe: Recipe, clients: Clients, model: Model, folder: Path | None) -> Job:
     """Everything that an engine needs, with all clients at hand."""
     population = Population(model, clients.data, clients.train, clients.new, recipe.cohort)
     members = Pooled(population) if recipe.data.pooled else population

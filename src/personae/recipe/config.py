@@ -297,7 +297,13 @@ def _federation(recipe: Recipe) -> list[str]:
     return problems
 
 
+ALONE = ("folder", "identity")
+"""Sources that without a partition are the images of one client."""
+
+
 def _data(recipe: Recipe) -> list[str]:
+    from personae.engine.population import SAFE_NAME
+
     problems, data = [], recipe.data
     for name, share in (("heldout", data.heldout), ("heldout_new", data.heldout_new)):
         if share is not None and not 0 < share < 1:
@@ -306,9 +312,11 @@ def _data(recipe: Recipe) -> list[str]:
         problems.append(f"data.path: needed for source {data.source!r}")
     if data.source in ("clients", "folder") and data.size is None:
         problems.append(f"data.size: needed for source {data.source!r}, in pixels")
+    if not SAFE_NAME.fullmatch(data.name):
+        problems.append(f"data.name is {data.name!r}, expected letters, digits, '.', '_' and '-'")
     if data.source == "clients" and data.partition is not None:
         problems.append("data.partition: source 'clients' is already spread over clients; leave it out")
-    if data.source != "clients" and data.partition is None:
+    if data.source not in ("clients", *ALONE) and data.partition is None:
         problems.append("data.partition: missing; it says how the images are spread over clients")
     return problems
 
@@ -335,7 +343,14 @@ def _partition(recipe: Recipe) -> list[str]:
 
 
 AT_LEAST = {
-    "evaluation": {"num_images": 1, "loss_grid": 1, "loss_draws": 1, "kid_subsets": 1, "kid_subset_size": 2},
+    "evaluation": {
+        "num_images": 1,
+        "loss_grid": 1,
+        "loss_draws": 1,
+        "kid_subsets": 1,
+        "kid_subset_size": 2,
+        "preview_rounds": 0,
+    },
     "machine": {"threads": 1, "checkpoint_every": 1},
 }
 
@@ -346,6 +361,9 @@ def _model_and_machine(recipe: Recipe) -> list[str]:
     problems = []
     if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
         problems.append("backbone: exactly one of preset and folder is needed")
+    parts = ("frozen", "lora", "words")
+    if recipe.backbone.folder is None and (named := [name for name in parts if getattr(recipe.backbone, name)]):
+        problems += [f"backbone.{name}: needs backbone.folder, a text-to-image pipeline" for name in named]
     for table, fields in AT_LEAST.items():
         found = {name: getattr(getattr(recipe, table), name) for name in fields}
         problems += [f"{table}.{n}: {found[n]}, expected at least {low}" for n, low in fields.items() if found[n] < low]

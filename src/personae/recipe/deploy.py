@@ -25,7 +25,6 @@ from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import features_by_name
 from personae.recipe.build import (
     build_clients,
-    build_denoiser,
     build_job_of,
     patience,
     relabelled,
@@ -34,6 +33,7 @@ from personae.recipe.build import (
 )
 from personae.recipe.config import find_recipe, load_recipe, to_toml
 from personae.recipe.environment import keep_environment
+from personae.recipe.models import build_denoiser
 from personae.recipe.schema import Recipe
 from personae.recipe.workflow import SavedRun, Watch
 

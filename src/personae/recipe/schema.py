@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from personae.core import Method
+from personae.personal.lora import Lora
+from personae.personal.tokens import Words
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,16 @@ class Data:
     """Where the images come from.
 
     `source` is a named data set, "clients" (`path` holds one sub-folder of images per client) or "folder" (`path` holds
-    images, optionally in one sub-folder per label, and `partition` spreads them). `heldout` is the share of each
-    client's images that is only measured on, `heldout_new` that of a new client's where it is another one. `pooled`
-    trains on everybody's images in one place, as a reference.
+    images, optionally in one sub-folder per label, and `partition` spreads them). Without a partition, "folder" and
+    "identity" are the images of one client, which is called `name`.
+
+    `heldout` is the share of each client's images that is only measured on, `heldout_new` that of a new client's where
+    it is another one. `pooled` trains on everybody's images in one place, as a reference. `caption` is said of images
+    that come without one, for models that read captions. `styles` and `names` are for "emoji" and "scenes", `style` and
+    `person` for "identity".
     """
 
-    source: Literal["digits", "mnist5k", "fashion", "faces", "clients", "folder"]
+    source: Literal["digits", "mnist5k", "fashion", "faces", "emoji", "scenes", "identity", "clients", "folder"]
     heldout: float = 0.2
     heldout_new: float | None = None
     path: str | None = None
@@ -50,6 +56,12 @@ class Data:
     new: tuple[str, ...] = ()
     partition: Partition | None = None
     pooled: bool = False
+    name: str = "own"
+    caption: str | None = None
+    styles: tuple[str, ...] | None = None
+    names: Literal["seen", "held_out", "all"] | None = None
+    style: str | None = None
+    person: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,12 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A U-Net by `preset`, or any local diffusers folder by `folder`, which then also brings its noise schedule."""
+    """A U-Net by `preset`, or any local diffusers folder by `folder`, which then also brings its noise schedule.
+
+    A folder may be a text-to-image pipeline of Stable Diffusion's kind. `frozen` keeps all its weights as they are, so
+    that only the parts beside them train: `lora`, `words`, and the embedding, which there may enter at "time" or
+    "token".
+    """
 
     preset: Literal["tiny", "tiny_attention", "small", "paper"] | None = None
     folder: str | None = None
@@ -72,6 +89,9 @@ class Backbone:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     embedding: Embedding | None = None
+    frozen: bool = False
+    lora: Lora | None = None
+    words: Words | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,8 @@ class Evaluation:
 
     `features` names the feature map ("digits", "mnist5k", "fashion", "lite0", "none", or a TorchScript file's path);
     None takes the data set's own where there is one. `num_images` are drawn per client. `loss_grid` timesteps and
-    `loss_draws` noises per held-out image fix the denoising loss.
+    `loss_draws` noises per held-out image fix the denoising loss. In a run of one client, every `preview_rounds` rounds
+    a few pictures show how far it is (0: never).
     """
 
     num_images: int = 200
@@ -130,6 +151,7 @@ class Evaluation:
     loss_draws: int = 4
     kid_subset_size: int = 50
     kid_subsets: int = 50
+    preview_rounds: int = 0
 
 
 @dataclass(frozen=True)

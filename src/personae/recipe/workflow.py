@@ -15,7 +15,6 @@ from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
-from personae.backbone.unet import UNetDenoiser, save_pipeline
 from personae.core import Arrays, ClientData, Job, Round, State, ignore, stream
 from personae.data import image_folder
 from personae.engine import engine_by_name
@@ -31,14 +30,19 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
 from personae.evaluate.report import write_report
 from personae.infer.sample import sample_together, to_bytes
-from personae.recipe.build import Clients, build_clients, build_denoiser, build_job, patience, relabelled, split_client
+from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
+from personae.recipe.build import Clients, build_clients, build_job, patience, relabelled, said, split_client
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import keep_environment, versions
+from personae.recipe.models import Model, build_denoiser, write_pipeline
 from personae.recipe.schema import Recipe
 
 SUMMARY_VERSION = 1
 SHOWN = 32
 """Images in a grid."""
+
+PREVIEWED = 8
+"""Images in a preview."""
 
 Watch = Callable[[Round], None]
 
@@ -102,7 +106,7 @@ def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
         write_json(saved.folder / "images.json", saved._images)
     if not complete:
         engine_by_name(saved.recipe.engine, patience(saved.recipe), saved.recipe.machine.device).run(
-            saved.job, resume=True, watch=watch
+            saved.job, resume=True, watch=saved.previewing(watch)
         )
     if not (saved.folder / "summary.json").is_file():
         saved.evaluate(watch=watch)
@@ -121,7 +125,7 @@ class SavedRun:
         return self._given or build_clients(self.recipe)
 
     @cached_property
-    def _model(self) -> UNetDenoiser:
+    def _model(self) -> Model:
         """The one model in memory; every client's parts are loaded into it."""
         torch.set_num_threads(self.recipe.machine.threads)
         return build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
@@ -145,6 +149,12 @@ class SavedRun:
         """
         self.job.method.init(self.job.members.initial(self.job.seed))
         _ = self._features
+        alone = len(self._clients.train) == 1 and self.recipe.engine == "in_process" and not self.recipe.data.pooled
+        if self.recipe.evaluation.preview_rounds and not alone:
+            raise ConfigError(
+                "evaluation.preview_rounds: previews are for one client in this process, and "
+                f"{len(self._clients.train)} train with engine {self.recipe.engine!r}; set it to 0"
+            )
 
     @cached_property
     def job(self) -> Job:
@@ -178,6 +188,25 @@ class SavedRun:
     @cached_property
     def _features(self) -> Features | None:
         return features_by_name(self.recipe.evaluation.features or self.recipe.data.source)
+
+    def previewing(self, watch: Watch) -> Watch:
+        """The same watcher, before which every so many rounds previews/<round>.png is drawn.
+
+        What is drawn is the model in memory, which after a round is the only client's; it keeps its bits.
+        """
+        if not (every := self.recipe.evaluation.preview_rounds):
+            return watch
+        (name,) = self._clients.train
+        captions = _cycled(self._clients.data[name].train.captions, PREVIEWED) if self._model.reads_captions else ()
+
+        def show(round: Round) -> None:
+            if round.stage == "train" and round.done and round.round % every == 0:
+                (drawn,) = self._draw(self._model, [name], PREVIEWED, None, captions=captions)
+                (self.folder / "previews").mkdir(exist_ok=True)
+                save_grid(self.folder / "previews" / f"{round.round:06d}.png", drawn, columns=PREVIEWED)
+            watch(round)
+
+        return show
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -224,12 +253,25 @@ class SavedRun:
             self._add(personalize_many(job, self._released, group), data)
         return {n: self._measure_added(n, own[n]) if n in own else added[n]["figures"] for n in data}
 
-    def sample(self, client: str, num_images: int = 16, *, seed: int | None = None) -> Tensor:
-        """What this client's personal model draws, uint8 [num_images, C, H, W].
+    def sample(
+        self, client: str, num_images: int = 16, *, seed: int | None = None, prompt: str | None = None
+    ) -> Tensor:
+        """What this client's personal model draws, uint8 [num_images, C, H, W]; a model that reads captions needs a
+        prompt.
 
-        Raises: ConfigError, for an unknown client; ArtefactError, when its file belongs to another backbone.
+        Raises: ConfigError, for an unknown client, or a prompt that is missing or has no reader; ArtefactError, when
+        its file belongs to another backbone.
         """
-        return self._draw(self.model(client), [client], num_images, seed)[0]
+        model = self.model(client)
+        if model.reads_captions == (prompt is None):
+            raise ConfigError(
+                f"the model in {self.folder} draws what a text says; say it with --prompt"
+                if prompt is None
+                else f"the model in {self.folder} reads no text; leave out --prompt {prompt!r}"
+            )
+        return self._draw(model, [client], num_images, seed, captions=() if prompt is None else (prompt,) * num_images)[
+            0
+        ]
 
     def sample_many(
         self, clients: Sequence[str], num_images: int = 16, *, seed: int | None = None
@@ -247,7 +289,7 @@ class SavedRun:
         model.load({**self._released.params, **rows}, len(clients))
         return dict(zip(clients, self._draw(model, clients, num_images, seed), strict=True))
 
-    def model(self, client: str) -> UNetDenoiser:
+    def model(self, client: str) -> Model:
         """The denoiser with the released backbone and this client's personal part."""
         personal = self._personal(client)
         self._model.load({**self._released.params, **personal})
@@ -268,7 +310,7 @@ class SavedRun:
 
     def export(self, client: str, to: str | Path) -> Path:
         """An ordinary diffusers pipeline that draws this client's distribution, with no `personae` installed."""
-        save_pipeline(self.model(client), Path(to))
+        write_pipeline(self.model(client), Path(to))
         return Path(to)
 
     def evaluate(self, *, watch: Watch = ignore) -> dict[str, Any]:
@@ -376,12 +418,20 @@ class SavedRun:
 
     def _read(self, name: str, folder: Path) -> ClientData:
         """A new client's images, in the size and channels that the backbone draws."""
-        channels, size, _ = self._model.sample_shape
+        channels, size, _ = self._model.image_shape
         source = image_folder(folder, size=size, channels=channels, on_unreadable=self.recipe.data.on_unreadable)
-        return split_client(name, relabelled(source, self._label_names), self.recipe.data.heldout, self.recipe.seed)
+        images = said(relabelled(source, self._label_names), self.recipe.data)
+        return split_client(name, images, self.recipe.data.heldout, self.recipe.seed)
 
     def _draw(
-        self, model: UNetDenoiser, names: Sequence[str], count: int, seed: int | None, unconditional: bool = False
+        self,
+        model: Model,
+        names: Sequence[str],
+        count: int,
+        seed: int | None,
+        *,
+        unconditional: bool = False,
+        captions: Sequence[str] = (),
     ) -> Tensor:
         """uint8 [clients, count, C, H, W]: what the model draws for everyone that it holds."""
         options = self.recipe.sampling
@@ -393,6 +443,7 @@ class SavedRun:
             steps=options.steps,
             guidance=options.guidance,
             unconditional=unconditional,
+            captions=captions,
         )
         return to_bytes(drawn)
 
@@ -408,8 +459,12 @@ class SavedRun:
         classify = features is not None and features.label_names == tuple(self._label_names)
         real = label_counts(labels, len(self._label_names))
 
-        def look(model: UNetDenoiser, suffix: str, unconditional: bool) -> dict[str, Any]:
-            (drawn,) = self._draw(model, [name], evaluation.num_images, None, unconditional)
+        captions = _cycled(data.train.captions, evaluation.num_images) if self._model.reads_captions else ()
+
+        def look(model: Model, suffix: str, unconditional: bool) -> dict[str, Any]:
+            (drawn,) = self._draw(
+                model, [name], evaluation.num_images, None, unconditional=unconditional, captions=captions
+            )
             save_grid(folder / f"{name}{suffix}.png", drawn[:SHOWN], columns=8)
             counts = class_histogram(features, drawn).tolist() if features is not None and classify else None
             loss = denoising_loss(
@@ -424,10 +479,12 @@ class SavedRun:
 
         save_grid(folder / f"{name}-real.png", reference.real[:SHOWN], columns=8)
         before: dict[str, Any] = {"counts": None, "loss": None, "distance": None}
-        if role == "new":
+        if role == "new" or self._model.reads_captions:
             client = self._job_of({name: data}).site.client(name, "before", seed)
             load_parts(client, self._released.params, {}, seed)
-            before = look(self._model, "-before", unconditional=True)
+            if EMBEDDING in (params := self._model.params()):
+                self._model.load({**params, EMBEDDING: params[NULL_EMBEDDING]})
+            before = look(self._model, "-before", unconditional=not self._model.reads_captions)
         path = RunFolder(self.folder).personal_path(name)
         after = look(self.model(name), "", unconditional=False)
         return {
@@ -454,6 +511,12 @@ class SavedRun:
             "bytes_down": self._released.num_bytes(),
             "personal_file_bytes": path.stat().st_size,
         }
+
+
+def _cycled(captions: Sequence[str], count: int) -> tuple[str, ...]:
+    """So many captions, all different ones in turn; none stand for the empty text."""
+    different = sorted(set(captions)) or [""]
+    return tuple(different[at % len(different)] for at in range(count))
 
 
 def _absolute(recipe: Recipe) -> Recipe:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from personae.artefact.save import load_state
-from personae.backbone.unet import UNetDenoiser
 from personae.core import ClientData, Images, Job, Method, State, Training, stream
 from personae.data.partition import KINDS, whole_counts
 from personae.engine.in_process import personalize_one
@@ -23,8 +22,9 @@ from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.histogram import class_histogram, histogram_distance
 from personae.evaluate.loss import denoising_loss
 from personae.infer.sample import sample, to_bytes
-from personae.recipe.build import Clients, build_clients, build_denoiser, build_job
+from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
+from personae.recipe.models import Model, build_denoiser
 from personae.recipe.schema import Recipe
 from personae.recipe.workflow import SavedRun, open_run, resume, run
 
@@ -55,9 +55,7 @@ def open_bench(folder: Path) -> Bench:
 class Bench:
     """What was trained, everybody's images, and the one model in which clients adapt one after the other."""
 
-    def __init__(
-        self, recipe: Recipe, clients: Clients, model: UNetDenoiser, released: State, features: Features
-    ) -> None:
+    def __init__(self, recipe: Recipe, clients: Clients, model: Model, released: State, features: Features) -> None:
         self.recipe, self.clients, self.model, self.released, self.features = recipe, clients, model, released, features
         held = [clients.data[name].heldout for name in clients.train]
         pixels = torch.cat([images.pixels for images in held])

@@ -1,0 +1,108 @@
+"""From a recipe to its denoiser, and back to a folder that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from personae.backbone import unet
+from personae.backbone.schedule import schedule
+from personae.backbone.unet import UNetDenoiser
+from personae.core import everything, nothing, stream
+from personae.errors import ConfigError
+from personae.infer.sample import sample, to_bytes
+from personae.recipe.schema import Backbone, Recipe
+
+if TYPE_CHECKING:
+    from personae.backbone.text2image import TextToImage
+
+    Model = UNetDenoiser | TextToImage
+else:
+    Model = "UNetDenoiser | TextToImage"  # the second is slow to import, and most recipes have no use for it
+
+
+def is_text_to_image(folder: Path) -> bool:
+    """True for a folder with a text encoder, as pipelines of Stable Diffusion's kind have one."""
+    return (folder / "text_encoder").is_dir()
+
+
+def build_denoiser(recipe: Recipe, image_shape: tuple[int, ...]) -> Model:
+    """`image_shape` is that of the images: channels, height, width. Raises: ConfigError, ArtefactError."""
+    backbone = recipe.backbone
+    model = _fresh(backbone, image_shape) if backbone.folder is None else _opened(backbone, Path(backbone.folder))
+    if model.image_shape != tuple(image_shape):
+        raise ConfigError(
+            f"the backbone in {backbone.folder} draws {list(model.image_shape)}, the images are "
+            f"{list(image_shape)} (channels, height, width); set data.size and data.channels"
+        )
+    try:
+        return model.to(recipe.machine.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, for a bad name and for what is not there
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"machine.device {recipe.machine.device!r} cannot be used here: {reason}") from error
+
+
+def draw_from_pipeline(folder: Path, prompt: str, num_images: int, *, seed: int, steps: int, guidance: float) -> Tensor:
+    """What a text-to-image pipeline draws by itself.
+
+    Shapes: uint8 [num_images, C, H, W].
+    Raises: ConfigError, ArtefactError.
+    """
+    from personae.backbone.pipeline import open_pipeline
+
+    model, said = open_pipeline(folder), (prompt,) * num_images
+    rng = stream(seed, "sample", prompt)
+    return to_bytes(
+        sample(model, num_images, rng, sampler="dpmsolver++", steps=steps, guidance=guidance, captions=said)
+    )
+
+
+def write_pipeline(model: Model, folder: Path) -> None:
+    """A folder that diffusers reads, with all that is loaded put into its weights.
+
+    Raises: ArtefactError, when the folder exists and is not empty; ConfigError, when a part cannot be put there.
+    """
+    if isinstance(model, UNetDenoiser):
+        unet.save_pipeline(model, folder)
+        return
+    from personae.backbone import pipeline
+
+    pipeline.save_pipeline(model, folder)
+
+
+def _fresh(backbone: Backbone, image_shape: tuple[int, ...]) -> UNetDenoiser:
+    channels, _, size = image_shape
+    embedding = backbone.embedding
+    return unet.preset(
+        str(backbone.preset),
+        schedule(backbone.num_timesteps, backbone.beta_schedule, backbone.prediction_type),
+        size=size,
+        channels=channels,
+        embedding_width=None if embedding is None else embedding.width,
+        place="time" if embedding is None else embedding.place,
+        start="noise" if embedding is None else embedding.start,
+        scale_shift=backbone.scale_shift,
+    )
+
+
+def _opened(backbone: Backbone, folder: Path) -> Model:
+    embedding = backbone.embedding
+    if is_text_to_image(folder):
+        from personae.backbone.pipeline import open_pipeline
+        from personae.backbone.text2image import Vector
+
+        vector = None if embedding is None else Vector(embedding.width, embedding.place, embedding.start)  # type: ignore[arg-type]  # it checks the place
+        opened = nothing if backbone.frozen else everything
+        return open_pipeline(folder, opened, lora=backbone.lora, words=backbone.words, vector=vector)
+    if named := [part for part in ("frozen", "lora", "words") if getattr(backbone, part)]:
+        raise ConfigError(
+            f"backbone.{named[0]} is for text-to-image pipelines, and {folder} has no text_encoder; leave it out"
+        )
+    return unet.open_folder(
+        folder,
+        embedding_width=None if embedding is None else embedding.width,
+        place="time" if embedding is None else embedding.place,
+        start="noise" if embedding is None else embedding.start,
+    )

@@ -1,0 +1,187 @@
+"""One person's pictures and a text-to-image pipeline: what the parts learn, stop and resume, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from personae.artefact.save import load_state
+from personae.backbone.pipeline import open_pipeline
+from personae.core import Batch, Round
+from personae.errors import ConfigError
+from personae.evaluate.grids import save_grid
+from personae.recipe import personal
+from personae.recipe.config import load_recipe, parse, to_table
+from personae.recipe.personal import ROUNDS
+from personae.recipe.workflow import open_run, resume, run
+from personae.testing.tiny_pipeline import tiny_pipeline
+
+
+def personal_recipe(*args, **options):
+    """With few samples, and few steps for each."""
+    recipe = personal.personal_recipe(*args, **options)
+    few = {"num_images": 4, "loss_grid": 2, "loss_draws": 1}
+    return replace(recipe, sampling=replace(recipe.sampling, steps=2), evaluation=replace(recipe.evaluation, **few))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "model")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Five pictures of 8 x 8, each of one colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(5):
+        pixels = torch.full((1, 3, 8, 8), 40 * number, dtype=torch.uint8)
+        save_grid(folder / f"{number}.png", pixels, columns=1, scale=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rex(model, pictures, tmp_path_factory):
+    """A finished personalization by adapters and a word. Only read it."""
+    recipe = personal_recipe(model, pictures, "lora+tokens", "dog", name="rex", steps=20)
+    return run(recipe, tmp_path_factory.mktemp("rex") / "run")
+
+
+PARTS = {
+    "lora": (".lora_A", ".lora_B"),
+    "tokens": ("tokens.<own>",),
+    "lora+tokens": (".lora_A", ".lora_B", "tokens.<own>"),
+    "embedding": ("embedding.weight",),
+}
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_a_part_trains_and_the_model_stays(model, pictures, tmp_path, method):
+    before = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
+    saved = run(personal_recipe(model, pictures, method, "dog", steps=ROUNDS), tmp_path / "run")
+    params = load_state(saved.folder / "clients" / "own.safetensors").params
+    assert params and all(name.endswith(PARTS[method]) for name in params)
+    assert {path: path.read_bytes() for path in before} == before
+    start = saved.model("own").initial(torch.Generator())
+    ends = [name for name in params if not name.endswith((".lora_A", "null_embedding.weight"))]
+    assert ends and all(not torch.equal(params[name], start[name]) for name in ends), "everything has moved"
+    figures = saved.summary["clients"]["own"]
+    assert figures["heldout_loss_before"] != figures["heldout_loss"]
+    assert (figures["num_images"], figures["num_heldout"], figures["bytes_down"]) == (4, 1, 0)
+
+
+def test_its_words_stand_for_the_noun(rex, model):
+    assert rex.recipe.data.caption == "a <rex>"
+    assert personal_recipe(model, rex.folder, "lora", "animal").data.caption == "an animal"
+    assert parse(to_table(rex.recipe), "again") == rex.recipe
+
+
+def test_previews_show_how_far_it_is_and_stand_in_the_report(rex):
+    assert [path.stem for path in sorted((rex.folder / "previews").iterdir())] == [
+        f"{number:06d}" for number in range(1, ROUNDS + 1)
+    ]
+    report = (rex.folder / "report.html").read_text("utf-8")
+    assert "While it trained" in report and "trained its own part of a diffusion model" in report
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_a_stopped_personalization_ends_in_the_same_bits(rex, tmp_path, after):
+    def stop(round: Round) -> None:
+        if round.done and round.round == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(rex.recipe, tmp_path / "run", watch=stop)
+    again = resume(tmp_path / "run")
+    ours, theirs = (folder / "clients" / "rex.safetensors" for folder in (again.folder, rex.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+    last = f"previews/{ROUNDS:06d}.png"
+    assert (again.folder / last).read_bytes() == (rex.folder / last).read_bytes()
+
+
+def test_a_prompt_decides_what_is_drawn(rex):
+    saved = open_run(rex.folder)
+    own, other = (saved.sample("rex", 2, prompt=prompt) for prompt in ("a <rex>", "a tree"))
+    assert own.shape == (2, 3, 8, 8) and not torch.equal(own, other)
+    assert torch.equal(own, saved.sample("rex", 2, prompt="a <rex>"))
+    with pytest.raises(ConfigError, match="draws what a text says; say it with --prompt"):
+        saved.sample("rex", 2)
+
+
+def test_a_model_that_reads_no_text_takes_no_prompt(tiny_run):
+    with pytest.raises(ConfigError, match="reads no text; leave out --prompt 'a dog'"):
+        open_run(tiny_run.folder).sample("c4", 1, prompt="a dog")
+
+
+def test_somebody_else_comes_later(rex, pictures, copy_of):
+    saved = open_run(copy_of(rex))
+    figures = saved.personalize("tom", pictures)
+    assert figures["heldout_loss"] != figures["heldout_loss_before"] and saved.clients == ["rex", "tom"]
+
+
+def test_captions_of_ones_own_are_kept(model, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in pictures.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    lines = [{"file_name": path.name, "text": "a tree above a dog"} for path in folder.glob("*.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    saved = run(personal_recipe(model, folder, "lora", "dog", steps=ROUNDS), tmp_path / "run")
+    assert set(saved._clients.data["own"].train.captions) == {"a tree above a dog"}
+
+
+def test_what_was_trained_is_written_as_a_pipeline(model, pictures, tmp_path):
+    saved = run(personal_recipe(model, pictures, "embedding", "dog", steps=ROUNDS, lr=0.1), tmp_path / "run")
+    opened = open_pipeline(saved.export("own", tmp_path / "pipeline"))
+    latents, t = torch.randn(1, 4, 4, 4), torch.tensor([300])
+    batch = Batch(torch.zeros(1, 3, 8, 8), torch.tensor([False]), ("a dog",))
+    own = saved.model("own")
+    drawn = [each.forward(latents, t, each.condition(batch)) for each in (own, opened, open_pipeline(model))]
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-5) and not torch.allclose(drawn[0], drawn[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "dreambooth"}, "method is 'dreambooth'; expected one of lora, tokens"),
+        ({"steps": 3}, "steps is 3, expected at least 10"),
+        ({"rank": 0}, "rank is 0"),
+        ({"lr": 0.0}, "lr is 0.0, expected above 0"),
+        ({"name": "re x"}, "name is 're x'"),
+    ],
+)
+def test_bad_options_are_refused(model, pictures, options, message):
+    given = {"method": "lora+tokens", "noun": "dog"} | options
+    with pytest.raises(ConfigError, match=message):
+        personal_recipe(model, pictures, **given)
+
+
+def test_a_noun_that_the_model_does_not_know_as_one_word_is_refused(model, pictures, tmp_path):
+    with pytest.raises(ConfigError, match=r"'doghouse' to start from is \d tokens"):
+        run(personal_recipe(model, pictures, "tokens", "doghouse"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_word_that_no_caption_says_is_refused(model, pictures, tmp_path):
+    recipe = personal_recipe(model, pictures, "tokens", "dog")
+    other = parse({**(table := to_table(recipe)), "data": {**table["data"], "caption": "a cat"}}, "it")
+    with pytest.raises(ConfigError, match="no caption of client 'own' says <own>"):
+        run(other, tmp_path / "run")
+
+
+def test_parts_need_a_pipeline(tiny):
+    table = {"preset": "tiny", "lora": {"rank": 2}}
+    with pytest.raises(ConfigError, match=r"backbone.lora: needs backbone.folder, a text-to-image pipeline"):
+        parse({**to_table(load_recipe("quickstart", tiny)), "backbone": table}, "it")
+
+
+def test_previews_are_for_one_client(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="previews are for one client in this process, and 4 train"):
+        run("quickstart", tmp_path / "run", overrides=[*tiny, "evaluation.preview_rounds=1"])
+
+
+def test_images_of_another_size_are_refused_before_there_is_a_folder(rex, tmp_path):
+    table = to_table(rex.recipe)
+    with pytest.raises(ConfigError, match=r"draws \[3, 8, 8\], the images are \[3, 16, 16\]"):
+        run(parse({**table, "data": {**table["data"], "size": 16}}, "it"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
