@@ -15,10 +15,23 @@ import pytest
 from personae.cli.app import app
 from personae.cli.progress import Progress
 from personae.core import Round
+from personae.testing.tiny_pipeline import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "numpy", "diffusers", "matplotlib", "sklearn", "torchmetrics"}
-COMMANDS = ["run", "resume", "personalize", "sample", "evaluate", "report", "export", "deploy", "inspect", "doctor"]
+COMMANDS = [
+    "run",
+    "resume",
+    "personalize",
+    "sample",
+    "evaluate",
+    "report",
+    "export",
+    "import",
+    "deploy",
+    "inspect",
+    "doctor",
+]
 
 
 def settings(overrides):
@@ -152,6 +165,37 @@ def test_personalize_and_sample_as_json(command, copy_of, tiny_run, photos):
     assert Path(found["file"]).is_file()
     found = json.loads(command("sample", folder, "--client", "anna", "-n", "1", "--seed", "3", "--json")[1])
     assert found == {"client": "anna", "num_images": 1, "folder": str(folder / "samples/anna-3")}
+
+
+def test_a_pipeline_is_personalized_and_drawn_from(command, photos, tmp_path):
+    model, folder = tiny_pipeline(tmp_path / "model"), tmp_path / "rex"
+    little = settings(["method.training.steps=1", "sampling.steps=2", "evaluation.num_images=2"])
+    told = ("--method", "lora+tokens", "--noun", "dog", "--name", "rex")
+    code, out, error = command("personalize", model, "--data", photos, *told, "--out", folder, *little)
+    assert code == 0 and "rex: 2,320 numbers trained" in out and f"wrote {folder}/clients/rex.safetensors" in out
+    assert "training      round 10/10" in error
+    code, out, _ = command(
+        "sample", folder, "--client", "rex", "--prompt", "a <rex> left of a tree", "-n", "2", "--json"
+    )
+    assert code == 0 and json.loads(out)["prompt"] == "a <rex> left of a tree"
+    plain = ("sample", model, "--prompt", "a dog", "--steps", "2", "-n", "1", "--out", tmp_path / "plain")
+    assert command(*plain)[0] == 0 and (tmp_path / "plain" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("personalize", "MODEL", "--data", "."), "is a pipeline; say --method lora, tokens, lora+tokens or embedding"),
+        (("personalize", ".", "--data", ".", "--noun", "dog"), "are for a pipeline's folder"),
+        (("sample", "MODEL", "--prompt", "a dog"), "is a pipeline; say --prompt, what to draw, and --out"),
+        (("sample", "MODEL", "--out", "x"), "is a pipeline; say --prompt"),
+        (("sample", "."), "whose model is to draw"),
+    ],
+)
+def test_what_a_pipeline_needs_is_said(command, tmp_path, arguments, message):
+    (tmp_path / "model" / "text_encoder").mkdir(parents=True)
+    code, _, error = command(*(str(tmp_path / "model") if part == "MODEL" else part for part in arguments))
+    assert code == 2 and message in one_sentence(error, "ConfigError")
 
 
 def test_every_sub_folder_is_a_new_client(command, copy_of, tiny_run, photos):

@@ -60,7 +60,7 @@ def test_a_deployment_ends_in_the_bits_of_one_process_and_in_a_report(folders, t
     saved = deploy.serve(plan, grid, {"out": str(tmp_path / "run")}, Progress, make=grid.make)
     here = personae.run("digits/deployed", tmp_path / "here", overrides=[*LITTLE, f"data.path={folders}"])
 
-    assert differing_states(saved._released, here._released) == []
+    assert differing_states(saved.released, here.released) == []
     for name in NAMES:
         (mine,) = (tmp_path / "state" / name).rglob(f"clients/{name}.safetensors")
         assert mine.read_bytes() == (here.folder / "clients" / f"{name}.safetensors").read_bytes()

@@ -1,7 +1,6 @@
 """One person's pictures and a text-to-image pipeline: what the parts learn, stop and resume, and what is refused."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,20 +8,28 @@ import torch
 from personae.artefact.save import load_state
 from personae.backbone.pipeline import open_pipeline
 from personae.core import Batch, Round
-from personae.errors import ConfigError
+from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.grids import save_grid
 from personae.recipe import personal
 from personae.recipe.config import load_recipe, parse, to_table
+from personae.recipe.exchange import export_parts, import_client
 from personae.recipe.personal import ROUNDS
 from personae.recipe.workflow import open_run, resume, run
 from personae.testing.tiny_pipeline import tiny_pipeline
 
+LITTLE = (
+    "method.training.steps=2",
+    "method.adapt.steps=2",
+    "sampling.steps=2",
+    "evaluation.num_images=4",
+    "evaluation.loss_grid=2",
+    "evaluation.loss_draws=1",
+    "machine.threads=1",
+)
 
-def personal_recipe(*args, **options):
-    """With few samples, and few steps for each."""
-    recipe = personal.personal_recipe(*args, **options)
-    few = {"num_images": 4, "loss_grid": 2, "loss_draws": 1}
-    return replace(recipe, sampling=replace(recipe.sampling, steps=2), evaluation=replace(recipe.evaluation, **few))
+
+def personal_recipe(*args, overrides=(), **options):
+    return personal.personal_recipe(*args, **options, overrides=[*LITTLE, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rex(model, pictures, tmp_path_factory):
     """A finished personalization by adapters and a word. Only read it."""
-    recipe = personal_recipe(model, pictures, "lora+tokens", "dog", name="rex", steps=20)
+    recipe = personal_recipe(model, pictures, "lora+tokens", "dog", name="rex")
     return run(recipe, tmp_path_factory.mktemp("rex") / "run")
 
 
@@ -58,7 +65,7 @@ PARTS = {
 @pytest.mark.parametrize("method", PARTS)
 def test_a_part_trains_and_the_model_stays(model, pictures, tmp_path, method):
     before = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
-    saved = run(personal_recipe(model, pictures, method, "dog", steps=ROUNDS), tmp_path / "run")
+    saved = run(personal_recipe(model, pictures, method, "dog"), tmp_path / "run")
     params = load_state(saved.folder / "clients" / "own.safetensors").params
     assert params and all(name.endswith(PARTS[method]) for name in params)
     assert {path: path.read_bytes() for path in before} == before
@@ -126,12 +133,14 @@ def test_captions_of_ones_own_are_kept(model, pictures, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     lines = [{"file_name": path.name, "text": "a tree above a dog"} for path in folder.glob("*.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    saved = run(personal_recipe(model, folder, "lora", "dog", steps=ROUNDS), tmp_path / "run")
+    saved = run(personal_recipe(model, folder, "lora", "dog"), tmp_path / "run")
     assert set(saved._clients.data["own"].train.captions) == {"a tree above a dog"}
 
 
 def test_what_was_trained_is_written_as_a_pipeline(model, pictures, tmp_path):
-    saved = run(personal_recipe(model, pictures, "embedding", "dog", steps=ROUNDS, lr=0.1), tmp_path / "run")
+    saved = run(
+        personal_recipe(model, pictures, "embedding", "dog", overrides=["method.training.lr=0.1"]), tmp_path / "run"
+    )
     opened = open_pipeline(saved.export("own", tmp_path / "pipeline"))
     latents, t = torch.randn(1, 4, 4, 4), torch.tensor([300])
     batch = Batch(torch.zeros(1, 3, 8, 8), torch.tensor([False]), ("a dog",))
@@ -144,9 +153,9 @@ def test_what_was_trained_is_written_as_a_pipeline(model, pictures, tmp_path):
     ("options", "message"),
     [
         ({"method": "dreambooth"}, "method is 'dreambooth'; expected one of lora, tokens"),
-        ({"steps": 3}, "steps is 3, expected at least 10"),
-        ({"rank": 0}, "rank is 0"),
-        ({"lr": 0.0}, "lr is 0.0, expected above 0"),
+        ({"overrides": ["backbone.lora.rank=0"]}, "rank is 0"),
+        ({"overrides": ["method.training.lr=0.0"]}, "lr is 0.0, expected above 0"),
+        ({"overrides": ["backbone.rank=2"]}, "backbone.rank: unknown key"),
         ({"name": "re x"}, "name is 're x'"),
     ],
 )
@@ -185,3 +194,58 @@ def test_images_of_another_size_are_refused_before_there_is_a_folder(rex, tmp_pa
     with pytest.raises(ConfigError, match=r"draws \[3, 8, 8\], the images are \[3, 16, 16\]"):
         run(parse({**table, "data": {**table["data"], "size": 16}}, "it"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- other tools ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft", "kohya"])
+def test_adapters_go_out_and_come_back(rex, copy_of, tmp_path, form):
+    saved = open_run(copy_of(rex))
+    files = export_parts(saved, "rex", tmp_path / "out", form)
+    assert all(path.is_file() for path in files)
+    matched = import_client(saved, "again", tmp_path / "out/unet" if form == "peft" else files[0])
+    assert not matched.unmatched and matched.missing == ()
+    own, other = (load_state(saved.folder / "clients" / f"{name}.safetensors").params for name in ("rex", "again"))
+    adapters = [name for name in own if ".lora_" in name]
+    assert all(torch.allclose(own[name], other[name]) for name in adapters)
+    assert saved.sample("again", 1, prompt="a <rex>").shape == (1, 3, 8, 8)
+    assert "again" not in saved.evaluate()["clients"], "nobody knows the images"
+
+
+def test_words_go_out_and_come_back(rex, copy_of, tmp_path):
+    saved = open_run(copy_of(rex))
+    (file,) = export_parts(saved, "rex", tmp_path / "out", "textual_inversion")
+    import_client(saved, "again", file)
+    own, other = (load_state(saved.folder / "clients" / f"{name}.safetensors").params for name in ("rex", "again"))
+    assert torch.equal(own["tokens.<rex>"], other["tokens.<rex>"])
+
+
+def test_another_alpha_changes_nothing_that_is_drawn(rex, model, pictures, copy_of, tmp_path):
+    twice = run(
+        personal_recipe(model, pictures, "lora", "dog", overrides=["backbone.lora.alpha=8.0"]), tmp_path / "run"
+    )
+    files = export_parts(twice, "own", tmp_path / "out", "kohya")
+    once = run(personal_recipe(model, pictures, "lora", "dog"), tmp_path / "once")
+    import_client(once, "again", files[0])
+    batch = Batch(torch.zeros(1, 3, 8, 8), torch.tensor([False]), ("a dog",))
+    latents, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([300])
+    drawn = [each.forward(latents, t, each.condition(batch)) for each in (twice.model("own"), once.model("again"))]
+    assert torch.allclose(*drawn, atol=1e-6) and not torch.allclose(drawn[0], open_pipeline(model).forward(
+        latents, t, open_pipeline(model).condition(batch)), atol=1e-4)  # fmt: skip
+
+
+def test_what_a_client_does_not_have_is_not_exported(rex, tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"client 'c4' in .* has no adapters, which form 'kohya' is for"):
+        export_parts(open_run(tiny_run.folder), "c4", tmp_path / "out", "kohya")
+    with pytest.raises(ConfigError, match="form is 'pickle'; expected one of diffusers"):
+        export_parts(open_run(rex.folder), "rex", tmp_path / "out", "pickle")
+
+
+def test_a_file_of_another_kind_is_refused_and_nobody_is_added(rex, copy_of, tiny_run):
+    saved = open_run(copy_of(rex))
+    with pytest.raises(ArtefactError, match="holds neither a LoRA nor a textual inversion"):
+        import_client(saved, "again", tiny_run.folder / "clients" / "c4.safetensors")
+    assert saved.clients == ["rex"]
+    with pytest.raises(ConfigError, match="client 'rex' exists"):
+        import_client(saved, "rex", "anything.safetensors")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from personae.artefact.formats_read import described, refuse_pickle
 from personae.artefact.save import explained, load_arrays, read_json, read_metadata
 from personae.errors import ArtefactError
 
@@ -14,21 +15,23 @@ from personae.errors import ArtefactError
 def inspect_file(path: Path) -> dict[str, Any]:
     """Kind, metadata and tensors of a safetensors file, or the state of a run's or a study's folder.
 
+    Of another tool's LoRA or word also what it is and who reads it; peft's is a folder.
+
     Raises: ArtefactError, when it is neither; a pickle is named and not opened.
     """
     if path.is_dir():
+        if not (path / "config.toml").is_file() and (found := described(path)):
+            return {"folder": str(path), **found}
         return _run(path)
     if not path.exists():
         raise ArtefactError(f"{path} does not exist")
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise ArtefactError(
-            f"{path} may hold a pickle, which can run code when opened; convert it to safetensors first"
-        )
+    refuse_pickle(path)
     metadata, arrays = read_metadata(path), load_arrays(path)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "kind": metadata.get("kind", metadata.get("format", "safetensors")),
+        **described(path),
         "metadata": metadata,
         "values": sum(a.numel() for a in arrays.values()),
         "tensors": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,30 +96,20 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
 
 @app.command()
 def personalize(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a text-to-image pipeline.")],
-    data: Annotated[Path, typer.Option(help="A folder of the new client's images; with --each, of such folders.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a text-to-image pipeline's.")],
+    data: Annotated[Path, typer.Option(help="The images; with --each, a folder of them per client.")],
     name: Annotated[str | None, typer.Option(help="What to call the new client.")] = None,
-    each: Annotated[
-        bool, typer.Option("--each", help="Every sub-folder is a new client, called as it; they train together.")
-    ] = False,
-    at_once: Annotated[int, typer.Option(help="With --each: clients in one batch; fewer need less memory.")] = 16,
-    method: Annotated[
-        str | None, typer.Option(help="Of a pipeline: lora, tokens, lora+tokens or embedding, the part that trains.")
+    each: Annotated[bool, typer.Option("--each", help="Every sub-folder is a client; they train together.")] = False,
+    at_once: Annotated[int, typer.Option(help="With --each: clients in one batch.")] = 16,
+    method: Annotated[str | None, typer.Option(help="Of a pipeline: lora, tokens, lora+tokens or embedding.")] = None,
+    noun: Annotated[str | None, typer.Option(help='Of a pipeline: what is shown, such as "dog".')] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of a pipeline: change one value.")
     ] = None,
-    noun: Annotated[str | None, typer.Option(help='Of a pipeline: what the images show, such as "dog".')] = None,
-    steps: Annotated[int, typer.Option(help="Of a pipeline: steps of training.")] = 400,
-    rank: Annotated[int, typer.Option(help="Of a pipeline: the adapters' rank.")] = 4,
-    lr: Annotated[float | None, typer.Option(help="Of a pipeline: learning rate, when not the method's own.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Of a pipeline: the run's new folder; runs/NAME-METHOD when left out.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Of a pipeline: the run's new folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Add a client that nobody has seen: trains only its own part, uploads nothing.
-
-    Of a RUN, the part that its method makes personal. Of a pipeline's folder, the part that --method names; the folder
-    stays as it is, and a run is written.
-    """
+    """Add a client that nobody has seen: trains only its own part, sends nothing."""
     from personae.errors import ConfigError
     from personae.recipe.models import is_text_to_image
     from personae.recipe.workflow import open_run
@@ -129,11 +120,11 @@ def personalize(
                 f"{run} is a pipeline; say --method lora, tokens, lora+tokens or embedding, and --noun, what the "
                 "images show, and leave out --each"
             )
-        _personal_run(run, data, method, noun, name or "own", {"steps": steps, "rank": rank, "lr": lr}, out, as_json)
+        _personal_run(run, data, method, noun, name or "own", overrides or (), out, as_json)
         return
-    if method or noun or out:
+    if method or noun or overrides or out:
         raise ConfigError(
-            f"--method, --noun and --out are for a pipeline's folder; {run} is none: it has no text_encoder"
+            f"--method, --noun, --set and --out are for a pipeline's folder, and {run} is none: it has no text_encoder"
         )
     if (name is None) != each:
         raise ConfigError(
@@ -164,7 +155,7 @@ def _personal_run(
     method: Any,
     noun: str,
     name: str,
-    options: dict[str, Any],
+    overrides: Sequence[str],
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -173,7 +164,7 @@ def _personal_run(
     from personae.recipe.personal import personal_recipe
     from personae.recipe.workflow import run as train
 
-    recipe = personal_recipe(model, data, method, noun, name=name, **options)
+    recipe = personal_recipe(model, data, method, noun, name=name, overrides=overrides)
     folder = out if out is not None else Path("runs") / recipe.name
     with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
         saved = train(recipe, folder, watch=watch)
@@ -253,7 +244,7 @@ def sample(
     save_grid(folder / "grid.png", images, columns=8)
     _print(
         as_json,
-        {"client": client, "prompt": prompt, "num_images": num_images, "folder": str(folder)},
+        {"client": client, **({"prompt": prompt} if prompt else {}), "num_images": num_images, "folder": str(folder)},
         [f"wrote {num_images} images and grid.png to {folder}"],
     )
 
@@ -284,12 +275,53 @@ def export(
     run: RunArgument,
     client: Annotated[str, typer.Option(help="Whose personal model to export.")],
     to: Annotated[Path, typer.Option(help="The new folder.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="pipeline; of a text-to-image model also its adapters: diffusers, peft, kohya; or its words: "
+            "textual_inversion, textual_inversion_a1111.",
+        ),
+    ] = "pipeline",
 ) -> None:
-    """Write an ordinary diffusers folder that draws one client's distribution without personae."""
+    """Write one client's model, or its parts, as tools without personae read them."""
+    from personae.recipe.exchange import export_parts
     from personae.recipe.workflow import open_run
 
-    path = open_run(run).export(client, to)
-    print(f'wrote {path}; load it with: diffusers.DDPMPipeline.from_pretrained("{path}")')
+    saved = open_run(run)
+    if form != "pipeline":
+        print("\n".join(f"wrote {path}" for path in export_parts(saved, client, to, form)))  # type: ignore[arg-type]
+        return
+    path = saved.export(client, to)
+    kind = "StableDiffusionPipeline" if saved.denoiser.reads_captions else "DDPMPipeline"
+    print(f'wrote {path}; load it with: diffusers.{kind}.from_pretrained("{path}")')
+
+
+@app.command("import")
+def import_file(
+    run: RunArgument,
+    file: Annotated[Path, typer.Option(help="A LoRA or a textual inversion, in safetensors; peft's is a folder.")],
+    name: Annotated[str, typer.Option(help="What to call the new client.")],
+    as_json: Json = False,
+) -> None:
+    """Add a client whose adapters or words another tool has made."""
+    from personae.recipe.exchange import import_client
+    from personae.recipe.workflow import open_run
+
+    matched = import_client(open_run(run), name, file)
+    found = {
+        "client": name,
+        "type": matched.kind,
+        "taken": list(matched.taken),
+        "unmatched": dict(matched.unmatched),
+        "missing": list(matched.missing),
+    }
+    lines = [f"{name}: {matched.kind}, {len(matched.taken)} tensors taken"]
+    lines += [f"not taken: {key}: {why}" for key, why in list(matched.unmatched.items())[:10]]
+    lines += [
+        f"{len(matched.missing)} parts are not in it and stay as at the start: {', '.join(matched.missing[:3])}"
+    ] * bool(matched.missing)
+    _print(as_json, found, lines)
 
 
 @app.command()

@@ -22,6 +22,10 @@ from personae.errors import ConfigError
 TOKENS = "tokens."
 
 
+def is_word(name: str) -> bool:
+    return name.startswith(TOKENS)
+
+
 @dataclass(frozen=True)
 class Words:
     """New words, such as "<rex>", each of `num_vectors` vectors that start as those of `start`, a known word."""

@@ -78,7 +78,7 @@ def read_table(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
-        _override(table, override)
+        change(table, override)
     return table, str(path)
 
 
@@ -127,7 +127,8 @@ def method_name(method: Method) -> str:
 # --- the pieces ----------------------------------------------------------------------------------------------
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def change(table: dict[str, Any], override: str) -> None:
+    """One "key.of.table=value". Raises: ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r} is not of the form key=value, for example --set method.embedding_rate=3")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from personae.artefact.save import explained
 from personae.errors import ArtefactError, ConfigError
-from personae.recipe.config import parse
+from personae.recipe.config import change, parse
 from personae.recipe.schema import Recipe
 
 Part = Literal["lora", "tokens", "lora+tokens", "embedding"]
@@ -27,46 +28,38 @@ def personal_recipe(
     noun: str,
     *,
     name: str = "own",
-    steps: int = 400,
-    rank: int = 4,
-    lr: float | None = None,
-    batch_size: int = 4,
-    seed: int = 0,
-    guidance: float = 3.0,
+    overrides: Sequence[str] = (),
 ) -> Recipe:
     """Trains one part on the images in `data` and nothing else; the model's own weights stay as they are.
 
-    "lora": adapters of `rank` on attention. "tokens": a new word <name>, which starts as `noun` and takes its place.
+    "lora": adapters of rank 4 on attention. "tokens": a new word <name>, which starts as `noun` and takes its place.
     "lora+tokens": both. "embedding": one vector beside the time embedding. Images that come without captions are
-    called "a <noun>", or "a <name>" where there is a new word.
+    called "a <noun>", or "a <name>" where there is a new word. `overrides` change values of the recipe, "key=value".
 
     Raises: ConfigError, ArtefactError.
     """
     if method not in get_args(Part):
         raise ConfigError(f"method is {method!r}; expected one of {', '.join(get_args(Part))}")
-    if steps < ROUNDS:
-        raise ConfigError(f"steps is {steps}, expected at least {ROUNDS}")
     config, autoencoder = _config(model / "unet"), _config(model / "vae")
     size = int(config["sample_size"]) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
     word = f"<{name.lower()}>"
     backbone: dict[str, Any] = {"folder": str(model), "frozen": True}
     if "lora" in method:
-        backbone["lora"] = {"rank": rank}
+        backbone["lora"] = {"rank": 4}
     if "tokens" in method:
         backbone["words"] = {"words": [word], "start": noun}
     if method == "embedding":
         width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]  # as diffusers has it
         backbone["embedding"] = {"width": width, "start": "zero"}
-    training = {
-        "steps": -(-steps // ROUNDS),
-        "lr": RATES[method] if lr is None else lr,
-        "batch_size": batch_size,
+    training: dict[str, Any] = {
+        "steps": 40,
+        "lr": RATES[method],
+        "batch_size": 4,
         "optimizer": "adamw",
         "condition_dropout": 0.0,
     }
-    table = {
+    table: dict[str, Any] = {
         "name": f"{name}-{method.replace('+', '-')}",
-        "seed": seed,
         "rounds": ROUNDS,
         "data": {
             "source": "folder",
@@ -80,12 +73,14 @@ def personal_recipe(
         "method": {
             "name": "local_only",
             "training": training,
-            "adapt": training,
+            "adapt": {**training, "steps": ROUNDS * training["steps"]},
             "vector_rate": 10.0 if method == "lora+tokens" else 1.0,
         },
-        "sampling": {"sampler": "dpmsolver++", "steps": 25, "guidance": guidance},
+        "sampling": {"sampler": "dpmsolver++", "steps": 25, "guidance": 3.0},
         "evaluation": {"num_images": 32, "features": "none", "preview_rounds": 1},
     }
+    for override in overrides:
+        change(table, override)
     return parse(table, f"the personalization of {model}")
 
 

@@ -15,32 +15,24 @@ from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
-from personae.core import Arrays, ClientData, Job, Round, State, ignore, stream
+from personae.core import Arrays, ClientData, Job, Round, State, ignore
 from personae.data import image_folder
 from personae.engine import engine_by_name
 from personae.engine.in_process import personalize_one
 from personae.engine.population import SAFE_NAME
-from personae.engine.rounds import load_parts
 from personae.engine.together import check_per_client, personalize_many
 from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
-from personae.evaluate.histogram import class_histogram
-from personae.evaluate.loss import denoising_loss
-from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
 from personae.evaluate.report import write_report
-from personae.infer.sample import sample_together, to_bytes
-from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 from personae.recipe.build import Clients, build_clients, build_job, patience, relabelled, said, split_client
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import keep_environment, versions
+from personae.recipe.measuring import cycled, drawn, measure_client
 from personae.recipe.models import Model, build_denoiser, write_pipeline
 from personae.recipe.schema import Recipe
 
 SUMMARY_VERSION = 1
-SHOWN = 32
-"""Images in a grid."""
-
 PREVIEWED = 8
 """Images in a preview."""
 
@@ -125,7 +117,7 @@ class SavedRun:
         return self._given or build_clients(self.recipe)
 
     @cached_property
-    def _model(self) -> Model:
+    def denoiser(self) -> Model:
         """The one model in memory; every client's parts are loaded into it."""
         torch.set_num_threads(self.recipe.machine.threads)
         return build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
@@ -139,7 +131,7 @@ class SavedRun:
         return {"sample_shape": self._clients.sample_shape, "label_names": self._clients.label_names}
 
     @property
-    def _label_names(self) -> list[str]:
+    def label_names(self) -> list[str]:
         return list(self._images["label_names"])
 
     def check(self) -> None:
@@ -148,7 +140,7 @@ class SavedRun:
         Raises: ConfigError, ArtefactError.
         """
         self.job.method.init(self.job.members.initial(self.job.seed))
-        _ = self._features
+        _ = self.features
         alone = len(self._clients.train) == 1 and self.recipe.engine == "in_process" and not self.recipe.data.pooled
         if self.recipe.evaluation.preview_rounds and not alone:
             raise ConfigError(
@@ -159,17 +151,17 @@ class SavedRun:
     @cached_property
     def job(self) -> Job:
         """What an engine needs to carry this run."""
-        return build_job(self.recipe, self._clients, self._model, self.folder)
+        return build_job(self.recipe, self._clients, self.denoiser, self.folder)
 
-    def _job_of(self, data: Mapping[str, ClientData]) -> Job:
+    def job_of(self, data: Mapping[str, ClientData]) -> Job:
         """The same method for these clients alone, without anybody else's images."""
         clients = Clients(data, tuple(data), (), ())
         return build_job(
-            dataclasses.replace(self.recipe, engine="in_process", cohort=None), clients, self._model, self.folder
+            dataclasses.replace(self.recipe, engine="in_process", cohort=None), clients, self.denoiser, self.folder
         )
 
     @cached_property
-    def _released(self) -> State:
+    def released(self) -> State:
         return load_state(self._released_path)
 
     @property
@@ -186,7 +178,7 @@ class SavedRun:
         return path
 
     @cached_property
-    def _features(self) -> Features | None:
+    def features(self) -> Features | None:
         return features_by_name(self.recipe.evaluation.features or self.recipe.data.source)
 
     def previewing(self, watch: Watch) -> Watch:
@@ -197,13 +189,13 @@ class SavedRun:
         if not (every := self.recipe.evaluation.preview_rounds):
             return watch
         (name,) = self._clients.train
-        captions = _cycled(self._clients.data[name].train.captions, PREVIEWED) if self._model.reads_captions else ()
+        captions = cycled(self._clients.data[name].train.captions, PREVIEWED) if self.denoiser.reads_captions else ()
 
         def show(round: Round) -> None:
             if round.stage == "train" and round.done and round.round % every == 0:
-                (drawn,) = self._draw(self._model, [name], PREVIEWED, None, captions=captions)
+                (pictures,) = drawn(self.recipe, self.denoiser, [name], PREVIEWED, captions=captions)
                 (self.folder / "previews").mkdir(exist_ok=True)
-                save_grid(self.folder / "previews" / f"{round.round:06d}.png", drawn, columns=PREVIEWED)
+                save_grid(self.folder / "previews" / f"{round.round:06d}.png", pictures, columns=PREVIEWED)
             watch(round)
 
         return show
@@ -225,10 +217,10 @@ class SavedRun:
         rounds may be added again.
         Raises: ConfigError, when the name is taken or unusable; DataError, for the images.
         """
-        self._refuse_taken([name])
+        self.refuse_taken([name])
         own = self._read(name, Path(data))
-        personal = personalize_one(self._job_of({name: own}), self._released, State(), name)
-        self._add({name: personal}, {name: data})
+        personal = personalize_one(self.job_of({name: own}), self.released, State(), name)
+        self.add({name: personal}, {name: _lies(data)})
         return self._measure_added(name, own)
 
     def personalize_many(self, data: Mapping[str, str | Path], *, at_once: int = 16) -> dict[str, dict[str, Any]]:
@@ -241,16 +233,16 @@ class SavedRun:
         """
         if at_once < 1:
             raise ConfigError(f"{at_once} clients at once were asked for, expected at least 1")
-        check_per_client(self.recipe.method, self._model)
+        check_per_client(self.recipe.method, self.denoiser)
         added = {n: self._added().get(n, {}) for n in data}
         there = [n for n in data if added[n].get("data") == str(Path(data[n]).resolve()) and self._is_current(n)]
         missing = [name for name in data if name not in there]
-        self._refuse_taken(missing)
+        self.refuse_taken(missing)
         own = {n: self._read(n, Path(data[n])) for n in data if n in missing or "figures" not in added[n]}
         for start in range(0, len(missing), at_once):
             group = missing[start : start + at_once]
-            job = self._job_of({name: own[name] for name in group})
-            self._add(personalize_many(job, self._released, group), data)
+            job = self.job_of({name: own[name] for name in group})
+            self.add(personalize_many(job, self.released, group), {name: _lies(data[name]) for name in group})
         return {n: self._measure_added(n, own[n]) if n in own else added[n]["figures"] for n in data}
 
     def sample(
@@ -269,9 +261,8 @@ class SavedRun:
                 if prompt is None
                 else f"the model in {self.folder} reads no text; leave out --prompt {prompt!r}"
             )
-        return self._draw(model, [client], num_images, seed, captions=() if prompt is None else (prompt,) * num_images)[
-            0
-        ]
+        captions = () if prompt is None else (prompt,) * num_images
+        return drawn(self.recipe, model, [client], num_images, seed, captions=captions)[0]
 
     def sample_many(
         self, clients: Sequence[str], num_images: int = 16, *, seed: int | None = None
@@ -282,20 +273,20 @@ class SavedRun:
         """
         if not clients:
             return {}
-        model = self._model
+        model = self.denoiser
         check_per_client(self.recipe.method, model)
-        parts = [self._personal(client) for client in clients]
+        parts = [self.personal(client) for client in clients]
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        model.load({**self._released.params, **rows}, len(clients))
-        return dict(zip(clients, self._draw(model, clients, num_images, seed), strict=True))
+        model.load({**self.released.params, **rows}, len(clients))
+        return dict(zip(clients, drawn(self.recipe, model, clients, num_images, seed), strict=True))
 
     def model(self, client: str) -> Model:
         """The denoiser with the released backbone and this client's personal part."""
-        personal = self._personal(client)
-        self._model.load({**self._released.params, **personal})
-        return self._model
+        personal = self.personal(client)
+        self.denoiser.load({**self.released.params, **personal})
+        return self.denoiser
 
-    def _personal(self, client: str) -> Arrays:
+    def personal(self, client: str) -> Arrays:
         path = RunFolder(self.folder).personal_path(client)
         if not path.is_file():
             near = ", ".join(self.clients[:12]) or "none yet"
@@ -309,7 +300,10 @@ class SavedRun:
         return load_state(path).params
 
     def export(self, client: str, to: str | Path) -> Path:
-        """An ordinary diffusers pipeline that draws this client's distribution, with no `personae` installed."""
+        """An ordinary diffusers pipeline that draws this client's distribution, with no `personae` installed.
+
+        Parts of a text-to-image model are also exported by themselves: `personae.recipe.exchange`.
+        """
         write_pipeline(self.model(client), Path(to))
         return Path(to)
 
@@ -325,7 +319,9 @@ class SavedRun:
         figures: dict[str, Any] = {}
         for name, entry in ((n, e) for n, e in self._added().items() if n in self.clients):
             roles[name] = "new"
-            if "figures" in entry and not Path(entry["data"]).is_dir():
+            if "file" in entry:  # of another tool, and nobody knows the images
+                del roles[name]
+            elif "figures" in entry and not Path(entry["data"]).is_dir():
                 figures[name] = entry["figures"]
             else:
                 data[name] = self._read(name, Path(entry["data"]))
@@ -342,7 +338,7 @@ class SavedRun:
         """Write summary.json from the clients' figures, which took `seconds`, where known, and the training's cost."""
         cost = read_json(self.folder / "cost.json")
         for name, figure in figures.items():
-            traffic = cost["traffic"].get(name, {"up": 0, "down": self._released.num_bytes()})
+            traffic = cost["traffic"].get(name, {"up": 0, "down": self.released.num_bytes()})
             figure |= {"bytes_up": traffic["up"], "bytes_down": traffic["down"]}
         stages = cost["stages"] | ({} if seconds is None else {"evaluate_seconds": seconds})
         losses = [f["heldout_loss"] for f in figures.values() if f.get("heldout_loss") is not None]
@@ -358,9 +354,9 @@ class SavedRun:
             "bytes_down": sum(t["down"] for t in cost["traffic"].values()),
             "heldout_loss": sum(losses) / len(losses) if losses else None,
             "versions": versions(),
-            "features": None if self._features is None else {"name": self._features.name},
-            "label_names": self._label_names or None,
-            "model_parameters": sum(p.numel() for p in self._model.live().values()),
+            "features": None if self.features is None else {"name": self.features.name},
+            "label_names": self.label_names or None,
+            "model_parameters": sum(p.numel() for p in self.denoiser.live().values()),
             "stages": stages,
             "clients": dict(figures),
         }
@@ -381,7 +377,7 @@ class SavedRun:
         """True for a client with a personal file of this run's backbone."""
         return RunFolder(self.folder).has_personal(name, self._backbone)
 
-    def _refuse_taken(self, names: Sequence[str]) -> None:
+    def refuse_taken(self, names: Sequence[str]) -> None:
         """A name may be given again to who was added before the run was given more rounds."""
         taken = [n for n in names if n in self.clients and (n not in self._added() or self._is_current(n))]
         problems = [f"client {name!r} exists in {self.folder}; choose another name" for name in taken]
@@ -393,13 +389,12 @@ class SavedRun:
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def _add(self, personal: Mapping[str, State], data: Mapping[str, str | Path]) -> None:
-        """Write what new clients sample with, and where their images lie."""
+    def add(self, personal: Mapping[str, State], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write what new clients sample with, and where it comes from."""
         folder = RunFolder(self.folder)
         folder.hold()
         try:
-            entries = {name: {"data": str(Path(data[name]).resolve())} for name in personal}
-            write_json(self.folder / "added.json", self._added() | entries)
+            write_json(self.folder / "added.json", self._added() | dict(entries))
             for name, state in personal.items():
                 folder.save_personal(name, state, self._backbone)  # what has this file is complete
         finally:
@@ -418,105 +413,18 @@ class SavedRun:
 
     def _read(self, name: str, folder: Path) -> ClientData:
         """A new client's images, in the size and channels that the backbone draws."""
-        channels, size, _ = self._model.image_shape
+        channels, size, _ = self.denoiser.image_shape
         source = image_folder(folder, size=size, channels=channels, on_unreadable=self.recipe.data.on_unreadable)
-        images = said(relabelled(source, self._label_names), self.recipe.data)
+        images = said(relabelled(source, self.label_names), self.recipe.data)
         return split_client(name, images, self.recipe.data.heldout, self.recipe.seed)
-
-    def _draw(
-        self,
-        model: Model,
-        names: Sequence[str],
-        count: int,
-        seed: int | None,
-        *,
-        unconditional: bool = False,
-        captions: Sequence[str] = (),
-    ) -> Tensor:
-        """uint8 [clients, count, C, H, W]: what the model draws for everyone that it holds."""
-        options = self.recipe.sampling
-        drawn = sample_together(
-            model,
-            count,
-            [stream(self.recipe.seed if seed is None else seed, "sample", name) for name in names],
-            sampler=options.sampler,
-            steps=options.steps,
-            guidance=options.guidance,
-            unconditional=unconditional,
-            captions=captions,
-        )
-        return to_bytes(drawn)
 
     def measure_client(self, name: str, role: str, data: ClientData) -> dict[str, Any]:
         """Everything that summary.json says of one client, and its grids in samples/."""
-        evaluation, features, seed = self.recipe.evaluation, self._features, self.recipe.seed
-        reference = Reference(data, features, evaluation.kid_subset_size, evaluation.kid_subsets, seed)
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        known = [part.labels for part in (data.train, data.heldout) if part.labels is not None]
-        labels = torch.cat(known) if known else None
-        # A classifier counts only what it was made to tell apart.
-        classify = features is not None and features.label_names == tuple(self._label_names)
-        real = label_counts(labels, len(self._label_names))
-
-        captions = _cycled(data.train.captions, evaluation.num_images) if self._model.reads_captions else ()
-
-        def look(model: Model, suffix: str, unconditional: bool) -> dict[str, Any]:
-            (drawn,) = self._draw(
-                model, [name], evaluation.num_images, None, unconditional=unconditional, captions=captions
-            )
-            save_grid(folder / f"{name}{suffix}.png", drawn[:SHOWN], columns=8)
-            counts = class_histogram(features, drawn).tolist() if features is not None and classify else None
-            loss = denoising_loss(
-                model,
-                data.heldout,
-                grid=evaluation.loss_grid,
-                draws=evaluation.loss_draws,
-                seed=seed,
-                unconditional=unconditional,
-            )
-            return {"drawn": drawn, "counts": counts, "loss": loss, "distance": histogram_figure(counts, real)}
-
-        save_grid(folder / f"{name}-real.png", reference.real[:SHOWN], columns=8)
-        before: dict[str, Any] = {"counts": None, "loss": None, "distance": None}
-        if role == "new" or self._model.reads_captions:
-            client = self._job_of({name: data}).site.client(name, "before", seed)
-            load_parts(client, self._released.params, {}, seed)
-            if EMBEDDING in (params := self._model.params()):
-                self._model.load({**params, EMBEDDING: params[NULL_EMBEDDING]})
-            before = look(self._model, "-before", unconditional=not self._model.reads_captions)
-        path = RunFolder(self.folder).personal_path(name)
-        after = look(self.model(name), "", unconditional=False)
-        return {
-            "role": role,
-            "num_images": len(data.train),
-            "num_heldout": len(data.heldout),
-            "labels": real,
-            "sampled_labels": after["counts"],
-            "sampled_labels_before": before["counts"],
-            "heldout_loss": after["loss"],
-            "heldout_loss_before": before["loss"],
-            "histogram_distance": after["distance"],
-            "histogram_distance_before": before["distance"],
-            "kid": None,
-            "kid_std": None,
-            "kid_floor": None,
-            "kid_features": None,
-            "frechet": None,
-            "precision": None,
-            "recall": None,
-            **measure(reference, after["drawn"]),
-            "trained_parameters": load_state(path).num_values(),
-            "bytes_up": 0,
-            "bytes_down": self._released.num_bytes(),
-            "personal_file_bytes": path.stat().st_size,
-        }
+        return measure_client(self, name, role, data)
 
 
-def _cycled(captions: Sequence[str], count: int) -> tuple[str, ...]:
-    """So many captions, all different ones in turn; none stand for the empty text."""
-    different = sorted(set(captions)) or [""]
-    return tuple(different[at % len(different)] for at in range(count))
+def _lies(data: str | Path) -> dict[str, str]:
+    return {"data": str(Path(data).resolve())}
 
 
 def _absolute(recipe: Recipe) -> Recipe:

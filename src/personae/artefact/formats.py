@@ -1,0 +1,257 @@
+"""A client's adapters and words in the formats of other tools, and back.
+
+An adapter adds alpha / rank * B A to a layer's weight. Formats differ in how they say alpha, and in who listens:
+
+    diffusers                in the header, which diffusers reads from 0.34 on, and other tools do not. So the factor
+                             goes into B, and alpha is the rank for every reader
+    peft                     in adapter_config.json, layer by layer, as it is
+    kohya                    one tensor per layer. Of different ones diffusers takes the commonest for all, so there is
+                             one alpha; where ranks differ and each was its own alpha, the ratio goes into B
+    textual_inversion        {word: vectors}, a file for each word
+    textual_inversion_a1111  {"emb_params": vectors}, likewise; the word is the file's name
+
+Where ranks differ between layers, diffusers before 0.34 (with kohya's form, before 0.33) scales some of them wrongly,
+without a word and whatever the file says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from personae.artefact.formats_names import NETWORKS, TEXT, UNET, flat
+from personae.artefact.save import json_text, write_bytes
+from personae.backbone.parts import written_whole
+from personae.core import Arrays, pick, under
+from personae.errors import ArtefactError, ConfigError, ShapeError
+from personae.personal.lora import LEVEL, A, B
+from personae.personal.tokens import TOKENS
+
+Form = Literal["diffusers", "peft", "kohya", "textual_inversion", "textual_inversion_a1111"]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_HEADER = "lora_adapter_metadata"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base_model"
+"""In the header of a file: what the parts were made for, where the format has no place of its own for it."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Adapters and words under our names. Without an alpha every layer's is its own rank: the factor is 1.
+
+    `base` says which model they are for, in the words of whoever wrote them.
+    """
+
+    params: Arrays
+    alpha: float | None = None
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"parts: alpha is {self.alpha}; expected above 0")
+
+
+def export_parts(parts: Parts, to: Path, form: Form) -> list[Path]:
+    """Write a new folder `to` in one of the formats above, and return its files.
+
+    A1111 and ComfyUI call a LoRA by its file's name, which is that of the folder, and a word likewise: its letters and
+    digits.
+
+    Raises: ConfigError, when the form cannot hold all of the parts; ShapeError, when two halves of an adapter do not
+    fit; ArtefactError, when the folder exists, or a value is not finite.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
+    holds_words = form.startswith("textual_inversion")
+    strange = [name for name in parts.params if name.startswith(TOKENS) != holds_words or not _is_part(name)]
+    if strange or not parts.params:
+        other = "a LoRA's form, such as diffusers" if holds_words else "textual_inversion"
+        raise ConfigError(
+            f"form {form!r} holds {'words' if holds_words else 'adapters'}, and not the {len(strange)} of "
+            f"{len(parts.params)} parts found ({', '.join(strange[:3])}); export adapters and words apart, these as "
+            f"{other}"
+        )
+    refuse_infinite(parts.params, str(to))
+    to = to.absolute()
+    files = FORMS[form](parts, to.name)
+    with written_whole(to) as partial:
+        for name, data in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(partial / name, data)
+    return [to / name for name in files]
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(TOKENS) or (name.startswith(NETWORKS) and name.endswith((A, B)))
+
+
+def refuse_infinite(params: Arrays, where: str) -> None:
+    if odd := [name for name, value in params.items() if not value.isfinite().all()]:
+        raise ArtefactError(f"{where}: {len(odd)} parts have values that are not finite: {', '.join(odd[:3])}")
+
+
+def _pairs(params: Arrays) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both halves of every layer's adapter. Raises: ShapeError."""
+    layers = sorted({name.removesuffix(A).removesuffix(B) for name in params})
+    pairs = {layer: (params.get(layer + A), params.get(layer + B)) for layer in layers}
+    told, wrong = dict[str, tuple[Tensor, Tensor]](), []
+    for layer, (down, up) in pairs.items():
+        if down is None or up is None or not fit(down, up):
+            shapes = [None if half is None else list(half.shape) for half in (down, up)]
+            wrong.append(f"{layer} is {shapes[0]} and {shapes[1]}")
+        else:
+            told[layer] = down, up
+    if wrong:
+        raise ShapeError(
+            f"{len(wrong)} adapters have halves that do not fit: {'; '.join(wrong[:3])}; expected [rank, in] and "
+            "[out, rank]"
+        )
+    return told
+
+
+def fit(down: Tensor, up: Tensor) -> bool:
+    return down.dim() == up.dim() == 2 and len(down) == up.shape[1] > 0
+
+
+def _most(values: Mapping[str, float]) -> float:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """One network's, as peft writes it.
+
+    A text encoder's names go without their first level: as ends of names they fit every version of transformers.
+    """
+    bare = {layer: re.sub(rf"^(?:{re.escape(UNET)}|{re.escape(TEXT + LEVEL)})", "", layer) for layer in ranks}
+    rank, alpha = _most(ranks), _most(alphas)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(bare.values()),
+        "rank_pattern": {bare[layer]: value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {bare[layer]: value for layer, value in alphas.items() if value != alpha},
+    }
+
+
+def _plain(number: float) -> float:
+    """A whole number as an int, as peft's own files have it."""
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def folded(up: Tensor, factor: float) -> Tensor:
+    return up if factor == 1 else (up.double() * factor).to(up.dtype)
+
+
+def _diffusers(parts: Parts, name: str) -> dict[str, bytes]:
+    pairs = _pairs(parts.params)
+    tensors, about = dict[str, Tensor](), dict[str, Any]()
+    for layer, (down, up) in pairs.items():
+        factor = 1.0 if parts.alpha is None else parts.alpha / len(down)
+        tensors |= {f"{layer}{A}.weight": down, f"{layer}{B}.weight": folded(up, factor)}
+    for network in NETWORKS:
+        if ranks := {layer: len(down) for layer, (down, _) in pairs.items() if layer.startswith(network)}:
+            about |= {network + key: value for key, value in _config(ranks, ranks).items()}
+    return {LORA_FILE: _file(tensors, parts, **{LORA_HEADER: json.dumps(about, indent=2, sort_keys=True)})}
+
+
+def _peft(parts: Parts, name: str) -> dict[str, bytes]:
+    """A text encoder's tensors stand there twice, with and without the first level of their names.
+
+    peft compares names as they are, transformers 5 has left that level out, and what is not found stays at zero.
+    """
+    files = dict[str, bytes]()
+    for network in NETWORKS:
+        pairs = _pairs(pick(parts.params, under(network)))
+        if not pairs:
+            continue
+        ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
+        alphas = {layer: _plain(parts.alpha or rank) for layer, rank in ranks.items()}
+        tensors = dict[str, Tensor]()
+        for layer, (down, up) in pairs.items():
+            bare = layer.removeprefix(network)
+            for each in dict.fromkeys((bare, bare.removeprefix(LEVEL))):
+                tensors |= {f"base_model.model.{each}{A}.weight": down, f"base_model.model.{each}{B}.weight": up}
+        config = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": parts.base or None,
+            "bias": "none",
+            "inference_mode": True,
+            "lora_dropout": 0.0,
+            **_config(ranks, alphas),
+        }
+        folder = network.removesuffix(".")
+        files[f"{folder}/{PEFT_CONFIG}"] = (json_text(config, indent=2) + "\n").encode()
+        files[f"{folder}/{PEFT_FILE}"] = _file(tensors)
+    return files
+
+
+def _kohya(parts: Parts, name: str) -> dict[str, bytes]:
+    pairs = _pairs(parts.params)
+    ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
+    alpha = parts.alpha or _most(ranks)
+    tensors = dict[str, Tensor]()
+    for layer, (down, up) in pairs.items():
+        factor = 1.0 if parts.alpha is not None else ranks[layer] / alpha
+        tensors |= {
+            f"{flat(layer)}.lora_down.weight": down,
+            f"{flat(layer)}.lora_up.weight": folded(up, factor),
+            f"{flat(layer)}.alpha": torch.tensor(float(alpha)),
+        }
+    about = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(_most(ranks)) if len(set(ranks.values())) == 1 else "Dynamic",
+        "ss_network_alpha": str(_plain(alpha)),
+        "ss_output_name": name,
+    }
+    if parts.base:
+        about["ss_base_model_version"] = parts.base
+    return {f"{name}.safetensors": _file(tensors, parts, **about)}
+
+
+def _words(parts: Parts) -> dict[str, tuple[str, Tensor]]:
+    """Each word and its vectors, by the name of its file. Raises: ShapeError, ConfigError."""
+    files = dict[str, tuple[str, Tensor]]()
+    for name, rows in parts.params.items():
+        word = name.removeprefix(TOKENS)
+        file = (re.sub(r"[^\w.-]", "", word).strip(".") or "word") + ".safetensors"
+        if rows.dim() != 2 or 0 in rows.shape:
+            raise ShapeError(f"{name} is {list(rows.shape)}; expected [vectors, width]")
+        if file in files:
+            raise ConfigError(f"the words {files[file][0]!r} and {word!r} would both be {file}; export them apart")
+        files[file] = word, rows
+    return files
+
+
+def _textual_inversion(parts: Parts, name: str) -> dict[str, bytes]:
+    return {file: _file({word: rows}, parts) for file, (word, rows) in _words(parts).items()}
+
+
+def _textual_inversion_a1111(parts: Parts, name: str) -> dict[str, bytes]:
+    return {file: _file({"emb_params": rows}, parts, name=word) for file, (word, rows) in _words(parts).items()}
+
+
+FORMS: Mapping[Form, Callable[[Parts, str], dict[str, bytes]]] = {
+    "diffusers": _diffusers,
+    "peft": _peft,
+    "kohya": _kohya,
+    "textual_inversion": _textual_inversion,
+    "textual_inversion_a1111": _textual_inversion_a1111,
+}
+
+
+def _file(tensors: Arrays, parts: Parts | None = None, **about: str) -> bytes:
+    told = {BASE: parts.base} if parts is not None and parts.base else {}
+    apart = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return save(apart, metadata={"format": "pt", **told, **about})

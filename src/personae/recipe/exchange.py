@@ -1,0 +1,60 @@
+"""A client's parts for other tools, and parts of other tools for a client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from personae.artefact.formats import Form, Parts
+from personae.artefact.formats import export_parts as write_parts
+from personae.artefact.formats_read import Matched, import_parts
+from personae.core import Arrays, Client, ClientData, Images, State, pick, stream
+from personae.engine.rounds import load_parts
+from personae.errors import ConfigError
+from personae.personal.lora import B, Lora, is_lora
+from personae.personal.tokens import is_word
+from personae.recipe.workflow import SavedRun
+
+
+def export_parts(run: SavedRun, client: str, to: str | Path, form: Form) -> list[Path]:
+    """Write a client's adapters or its words, whichever the form is for, to a new folder. Returns the files.
+
+    Raises: ConfigError, when the client has none, or the form is unknown; ArtefactError, when the folder exists.
+    """
+    words = form.startswith("textual_inversion")
+    params, backbone = pick(run.personal(client), is_word if words else is_lora), run.recipe.backbone
+    if not params:
+        raise ConfigError(
+            f"client {client!r} in {run.folder} has no {'words' if words else 'adapters'}, which form {form!r} is for"
+        )
+    alpha = backbone.lora.alpha if backbone.lora is not None else None
+    return write_parts(Parts(params, alpha, Path(str(backbone.folder)).name), Path(to), form)
+
+
+def import_client(run: SavedRun, name: str, file: str | Path) -> Matched:
+    """Add a client whose adapters or words another tool has made. What the file lacks is as at the start.
+
+    Raises: ConfigError, when the name is taken or unusable; ArtefactError, when the file is none, damaged, or nothing
+    in it matches; ShapeError, when it is for a model of another width.
+    """
+    run.refuse_taken([name])
+    model, nobody = run.denoiser, Images(torch.empty(0))
+    parts, matched = import_parts(Path(file), model.params())
+    client = Client(name, ClientData(nobody, nobody), model, stream(run.recipe.seed, name))
+    load_parts(client, run.released.params, _scaled(parts, run.recipe.backbone.lora), run.recipe.seed)
+    personal = State(pick(model.params(), run.recipe.method.personal))
+    run.add({name: personal}, {name: {"file": str(Path(file).resolve())}})
+    return matched
+
+
+def _scaled(parts: Parts, lora: Lora | None) -> Arrays:
+    """With what the run's own factor, alpha / rank, would leave out or add put into B."""
+    alpha = None if lora is None else lora.alpha
+    if parts.alpha == alpha:
+        return parts.params
+    return {
+        name: value * ((parts.alpha or rank) / (alpha or rank)) if name.endswith(B) else value
+        for name, value in parts.params.items()
+        if (rank := value.shape[-1])
+    }
