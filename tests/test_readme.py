@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import personae
+from personae.testing.tiny_pipeline import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -54,11 +55,18 @@ def test_the_commands_run_as_they_stand(tmp_path, photos, tiny, monkeypatch, com
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     spoken = [words for words in commands() if "flower" not in words]  # its processes take a minute: tests/slow
     assert [words[0] for words in spoken] == [
-        "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor", "run", "deploy", "bench",
+        "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor",
+        "personalize", "sample", "export", "import", "inspect", "run", "deploy", "bench",
     ]  # fmt: skip
+    tiny_pipeline(tmp_path / "sd-folder")
+    shutil.copytree(photos, tmp_path / "photos" / "rex")
+    little = ("rounds=2", "method.training.steps=2", "sampling.steps=2", "evaluation.num_images=2")
     for words in spoken:
+        if words[0] == "import":
+            shutil.copy(tmp_path / "rex-lora" / "pytorch_lora_weights.safetensors", tmp_path / "other.safetensors")
         chosen = [o for o in tiny if words[1:2] == ["quickstart"] or ("partition" not in o and "cohort" not in o)]
-        more = [part for override in chosen for part in ("--set", override)] if words[0] == "run" else []
+        chosen = {"run": chosen, "personalize": little if "sd-folder" in words else ()}.get(words[0], ())
+        more = [part for override in chosen for part in ("--set", override)]
         code, _, error = command(*words, *more)
         assert code == 0, f"personae {shlex.join(words)}: {error}"
 

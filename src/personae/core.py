@@ -111,6 +111,17 @@ class Images:
         return pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
 
 
+def joined(parts: Sequence[Images]) -> Images:
+    """All of them, in order. Labels and captions stay where every part has some."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    told = all(part.captions for part in parts)
+    return Images(
+        torch.cat([part.pixels for part in parts]),
+        torch.cat(labels) if len(labels) == len(parts) else None,
+        tuple(caption for part in parts for caption in part.captions) if told else (),
+    )
+
+
 @dataclass(frozen=True)
 class ClientData:
     """One client's images: `train` is learned from, `heldout` only measured on."""

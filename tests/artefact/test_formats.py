@@ -7,7 +7,13 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +23,7 @@ from personae.artefact.formats import FORMS, Parts, export_parts
 from personae.artefact.formats_read import described, import_parts
 from personae.artefact.inspect import inspect_file
 from personae.artefact.save import save_state
+from personae.backbone.pipeline import open_pipeline
 from personae.backbone.schedule import schedule
 from personae.backbone.text2image import Networks, TextToImage
 from personae.backbone.vocabulary import write_tokenizer
@@ -24,6 +31,7 @@ from personae.core import Batch, State, nothing, pick, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.personal.lora import A, B, Lora
 from personae.personal.tokens import Words
+from personae.testing.tiny_pipeline import tiny_pipeline
 
 # Within peft and transformers, of each other.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -165,7 +173,7 @@ def test_another_tool_draws_the_same_with_our_adapters(form, case, networks, mod
     params = drawn(model, ranks)
     expected, without = ours(networks, params, alpha), ours(networks, {})
     files = export_parts(Parts(params, alpha), tmp_path / "rex", form)
-    found = READERS[form][1](pipeline, files, bare.tokens(CAPTIONS))
+    found = READERS[form][1](pipeline, files, bare.captions.readers[0].tokens(CAPTIONS))
     for what, mine, yours, plain in zip(("text encoder", "U-Net"), expected, found, without, strict=True):
         assert apart([mine], [yours]) < 1e-5, what
         assert apart([mine], [plain]) > 1e-2, f"the {what}'s adapters do nothing, so nothing was shown"
@@ -243,7 +251,7 @@ def test_the_table_of_readers(networks, model, bare, pipeline, tmp_path, capsys)
         fresh = StableDiffusionPipeline(**{**pipeline.components, "text_encoder": n.text_encoder, "unet": n.unet})
         files = export_parts(Parts(params, 3.0), tmp_path / form, form)
         reader, read = READERS[form]
-        rows.append((form, reader, apart(expected, read(fresh, files, bare.tokens(CAPTIONS)))))
+        rows.append((form, reader, apart(expected, read(fresh, files, bare.captions.readers[0].tokens(CAPTIONS)))))
         where = files[0].parent.parent if form == "peft" else files[0]
         back, _ = import_parts(where, bare.base())
         rows.append((form, "personae", apart(expected, ours(networks, back.params, back.alpha))))
@@ -266,6 +274,107 @@ def test_the_table_of_readers(networks, model, bare, pipeline, tmp_path, capsys)
             print(f"{form:25}{reader:12}{difference:.1e}")
     assert {form for form, _, _ in rows} == set(FORMS) and len(rows) == 10
     assert all(difference < 1e-5 for *_, difference in rows)
+
+
+# --- two text encoders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def xl(tmp_path):
+    """(a function that makes the model with parts, diffusers' own pipeline of the same weights)"""
+    folder = tiny_pipeline(tmp_path / "xl", "smallest_xl")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    return lambda **parts: open_pipeline(folder, **parts), pipeline
+
+
+@torch.no_grad()
+def xl_theirs(pipeline):
+    text, _, pooled, _ = pipeline.encode_prompt(list(CAPTIONS), device="cpu", do_classifier_free_guidance=False)
+    also = {"text_embeds": pooled, "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)}
+    return text, pooled, pipeline.unet(X_T, T, encoder_hidden_states=text, added_cond_kwargs=also).sample
+
+
+@torch.no_grad()
+def xl_ours(model):
+    told = model.condition(BATCH)
+    return told.text, told.pooled, model.forward(X_T, T, told)
+
+
+XL_LORA = Lora(2, "self+cross+text", 3.0)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_diffusers_draws_the_same_with_our_adapters_of_both_text_encoders(form, xl, tmp_path):
+    make, pipeline = xl
+    model = make(lora=XL_LORA)
+    params = drawn(model)
+    model.load(params)
+    files = export_parts(Parts(params, 3.0, "tiny-xl"), tmp_path / "rex", form)
+    if form == "kohya":
+        assert {key.split("_text")[0] for key in load_file(files[0]) if "_te" in key} == {"lora_te1", "lora_te2"}
+    pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name)
+    expected, plain = xl_ours(model), xl_ours(make())
+    assert apart(expected, xl_theirs(pipeline)) < 1e-5
+    assert all(apart([one], [other]) > 1e-3 for one, other in zip(expected, plain, strict=True))
+
+
+@pytest.mark.parametrize("knows_the_model", [True, False])
+@pytest.mark.parametrize("form", LORA_FORMS)
+def test_adapters_of_both_text_encoders_come_back(form, knows_the_model, xl, tmp_path):
+    make, _ = xl
+    model = make(lora=XL_LORA)
+    params = drawn(model)
+    files = export_parts(Parts(params, None, "tiny-xl"), tmp_path / "rex", form)
+    where = files[0].parent.parent if form == "peft" else files[0]
+    back, matched = import_parts(where, make().base() if knows_the_model else None)
+    assert all(torch.equal(back.params[name], value) for name, value in params.items())
+    assert back.params.keys() == params.keys() and not matched.unmatched and not matched.missing
+    assert described(where)["networks"] == ["unet", "text_encoder", "text_encoder_2"]
+
+
+def test_peft_reads_the_second_text_encoder(xl, tmp_path):
+    make, pipeline = xl
+    model = make(lora=XL_LORA)
+    params = drawn(model)
+    model.load(params)
+    export_parts(Parts(params, 3.0), tmp_path / "rex", "peft")
+    for name in ("text_encoder", "text_encoder_2", "unet"):
+        setattr(pipeline, name, PeftModel.from_pretrained(getattr(pipeline, name), str(tmp_path / "rex" / name)))
+    assert apart(xl_ours(model), xl_theirs(pipeline)) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["textual_inversion", "textual_inversion_a1111"])
+def test_a_word_of_both_text_encoders(form, xl, tmp_path):
+    make, pipeline = xl
+    model = make(words=Words(("<rex>",), "dog", 2))
+    params = {name: torch.randn(v.shape, generator=stream(6, name)) for name, v in model.params().items()}
+    assert {name: list(v.shape) for name, v in params.items()} == {"tokens.<rex>": [2, 16], "tokens_2.<rex>": [2, 24]}
+    model.load(params)
+    (file,) = export_parts(Parts(params, base="tiny-xl"), tmp_path / "words", form)
+    back, matched = import_parts(file, model.params())
+    assert all(torch.equal(back.params[name], value) for name, value in params.items()) and not matched.unmatched
+    assert import_parts(file)[0].params.keys() == import_parts(file, make().base())[0].params.keys() == params.keys()
+    assert described(file)["words"] == ["<rex>"]
+    found = load_file(file)
+    for key, tokenizer, encoder in (
+        ("clip_l", pipeline.tokenizer, pipeline.text_encoder),
+        ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        pipeline.load_textual_inversion(found[key], token="<rex>", text_encoder=encoder, tokenizer=tokenizer)
+    assert apart(xl_ours(model), xl_theirs(pipeline)) < 1e-5
+
+
+def test_parts_of_one_text_encoder_are_refused_for_two(model, xl, tmp_path):
+    make, _ = xl
+    for form in LORA_FORMS:
+        files = export_parts(Parts(drawn(model)), tmp_path / form, form)
+        with pytest.raises(ShapeError, match=r"layers of another width: .*made for another kind of model"):
+            import_parts(files[0].parent.parent if form == "peft" else files[0], make().base())
+    (file,) = export_parts(Parts(WORD), tmp_path / "word", "textual_inversion")
+    with pytest.raises(ArtefactError, match="the word is for 1 text encoder, the model has 2"):
+        import_parts(file, make(words=Words(("<rex>",), "dog", 2)).params())
+    with pytest.raises(ShapeError, match="as many vectors for the first text encoder as for the second"):
+        export_parts(Parts({"tokens_2.<rex>": torch.ones(1, 24)}), tmp_path / "half", "textual_inversion")
 
 
 # --- what other tools write -------------------------------------------------------------------------------------------
@@ -424,11 +533,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_is(kind, bare, tmp_path):
         "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
     ],
 )
-@pytest.mark.parametrize("knows_the_model", [True, False])
-def test_sdxl_is_recognised_and_not_mistaken(layer, knows_the_model, bare, tmp_path):
+def test_sdxl_is_recognised_and_not_mistaken(layer, bare, tmp_path):
     save_file(kohya((layer, 1.0, 2)), tmp_path / "xl.safetensors")
     with pytest.raises(ArtefactError, match="SDXL"):
-        import_parts(tmp_path / "xl.safetensors", bare.base() if knows_the_model else None)
+        import_parts(tmp_path / "xl.safetensors", bare.base())
     assert described(tmp_path / "xl.safetensors")["type"].endswith("(SDXL)")
 
 
@@ -439,8 +547,9 @@ def test_words_of_others(bare, tmp_path):
     save_file({"<cat>": torch.ones(2, 24)}, tmp_path / "wide.safetensors")
     assert import_parts(tmp_path / "one.safetensors", bare.base())[0].params["tokens.<cat>"].tolist() == [[1.0] * 16]
     assert import_parts(tmp_path / "rex.safetensors")[0].params["tokens.rex"].shape == (3, 16)
-    with pytest.raises(ArtefactError, match="SDXL's words"):
-        import_parts(tmp_path / "xl.safetensors")
+    assert set(import_parts(tmp_path / "xl.safetensors")[0].params) == {"tokens.xl", "tokens_2.xl"}
+    with pytest.raises(ArtefactError, match="the word is for 2 text encoders, the model has 1"):
+        import_parts(tmp_path / "xl.safetensors", bare.base())
     with pytest.raises(ShapeError, match=r"'<cat>' is \[2, 24\], the model's is \[2, 16\]"):
         import_parts(tmp_path / "wide.safetensors", bare.base())
     with pytest.raises(ArtefactError, match="the model has no word '<cat>'"):

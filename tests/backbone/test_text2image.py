@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from personae.backbone.captions import TEXT
 from personae.backbone.pipeline import COMPONENTS, SIZES, fresh, open_pipeline, save_pipeline
-from personae.backbone.text2image import TEXT, UNET, TextToImage, Vector
+from personae.backbone.text2image import UNET, TextToImage, Vector
 from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.infer.sample import sample
@@ -69,7 +70,7 @@ def test_parts_have_names_of_their_own_and_hide_what_peft_calls_the_rest(make):
 
 def test_a_new_word_is_read_where_it_stands(make):
     model = make(nothing, **PARTS)
-    plain, dog = make(nothing).tokens(["a dog"]), model.tokens(["a <rex> dog"])
+    plain, dog = make(nothing).captions.readers[0].tokens(["a dog"]), model.captions.readers[0].tokens(["a <rex> dog"])
     assert dog[0, :6].tolist() == [plain[0, 0], plain[0, 1], 535, 536, plain[0, 2], plain[0, 3]]
     model.load({**model.initial(stream(1)), "tokens.<rex>": torch.ones(2, 16)})
     told = model.condition(Batch(BATCH.images, BATCH.unconditional, ("a <rex>", "a dog", "a cat")))
@@ -151,7 +152,7 @@ def test_a_place_that_is_none_is_refused():
 def test_names_are_those_of_the_bare_models(make):
     model = make(under(UNET))
     assert set(model.params()) == {UNET + name for name, _ in model.unet.named_parameters()}
-    bare = {name.removeprefix("text_model.") for name, _ in model.text_encoder.named_parameters()}
+    bare = {name.removeprefix("text_model.") for name, _ in model.captions.readers[0].encoder.named_parameters()}
     assert set(model.base()) == {f"{TEXT}text_model.{name}" for name in bare}
     assert set(make(nothing).base()) == set(make().params())
 
@@ -191,7 +192,7 @@ def test_what_was_told_is_not_remembered_when_the_text_encoder_changes(make):
 
 def test_a_caption_that_is_too_long_is_refused_not_cut(make):
     with pytest.raises(ConfigError, match=r"has 14 tokens, of which this model reads 12; shorten it"):
-        make().tokens(["a dog " * 6])
+        make().captions.readers[0].tokens(["a dog " * 6])
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_what_is_saved_opens_here_and_in_diffusers(make, folder):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a dog left of a tree", num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
     ids = pipeline.tokenizer("a dog", padding="max_length", return_tensors="pt")["input_ids"]
-    assert torch.equal(ids, model.tokens(["a dog"]))
+    assert torch.equal(ids, model.captions.readers[0].tokens(["a dog"]))
     told = model.condition(Batch(BATCH.images[:1], torch.tensor([False]), ("a dog",)))
     assert torch.allclose(pipeline.text_encoder(ids)[0], told.text, atol=1e-5)
 

@@ -77,6 +77,31 @@ def test_a_part_trains_and_the_model_stays(model, pictures, tmp_path, method):
     assert (figures["num_images"], figures["num_heldout"], figures["bytes_down"]) == (4, 1, 0)
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("xl") / "model", "smallest_xl")
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_a_part_of_a_pipeline_with_two_text_encoders_trains(xl, pictures, tmp_path, method):
+    more = ["rounds=2", "method.training.steps=5", "backbone.lora.targets=self+cross+text"]
+    saved = run(
+        personal_recipe(xl, pictures, method, "dog", overrides=more if "lora" in method else more[:2]), tmp_path / "run"
+    )
+    params = load_state(saved.folder / "clients" / "own.safetensors").params
+    assert all(name.endswith((*PARTS[method], "tokens_2.<own>")) for name in params)
+    networks = {name.split(".")[0] for name in params if ".lora_" in name}
+    assert networks == ({"unet", "text_encoder", "text_encoder_2"} if "lora" in method else set())
+    assert ("tokens_2.<own>" in params) == ("tokens" in method)
+    start = saved.model("own").initial(torch.Generator())
+    moved = {name for name in params if not torch.equal(params[name], start[name]) and not name.endswith(".lora_A")}
+    still = {name for name in params if not name.endswith(".lora_A")} - moved
+    assert moved and all("text_encoder.text_model.encoder.layers.1." in n or n.startswith("null") for n in still)
+    figures = saved.summary["clients"]["own"]
+    assert figures["heldout_loss_before"] != figures["heldout_loss"]
+    assert saved.sample("own", 2, prompt="a dog").shape == (2, 3, 8, 8)
+
+
 def test_its_words_stand_for_the_noun(rex, model):
     assert rex.recipe.data.caption == "a <rex>"
     assert personal_recipe(model, rex.folder, "lora", "animal").data.caption == "an animal"
@@ -104,6 +129,45 @@ def test_a_stopped_personalization_ends_in_the_same_bits(rex, tmp_path, after):
     assert ours.read_bytes() == theirs.read_bytes()
     last = f"previews/{ROUNDS:06d}.png"
     assert (again.folder / last).read_bytes() == (rex.folder / last).read_bytes()
+
+
+def test_a_stopped_personalization_that_saves_memory_ends_in_the_same_bits(xl, pictures, tmp_path):
+    """And near the one that does not."""
+    more = ["rounds=2", "backbone.lora.targets=self+cross+text"]
+    savings = ["backbone.half=true", "backbone.recompute=true"]
+    whole, recipe = (
+        personal_recipe(xl, pictures, "lora+tokens", "dog", overrides=each) for each in (more, [*more, *savings])
+    )
+
+    def stop(round: Round) -> None:
+        if round.done and round.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "stopped", watch=stop)
+    again, once, other = resume(tmp_path / "stopped"), run(recipe, tmp_path / "once"), run(whole, tmp_path / "whole")
+    ours, theirs = (saved.folder / "clients" / "own.safetensors" for saved in (again, once))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert {value.dtype for value in again.denoiser.base().values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_state(ours).params.values()} == {torch.float32}
+    losses = [saved.summary["clients"]["own"]["heldout_loss"] for saved in (once, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("key", ["half", "recompute"])
+def test_what_saves_memory_is_for_text_to_image_pipelines(key, tiny, tiny_run, tmp_path):
+    with pytest.raises(ConfigError, match=f"backbone.{key} is for text-to-image pipelines, and preset 'tiny' is none"):
+        run("quickstart", tmp_path / "run", overrides=[*tiny, f"backbone.{key}=true"])
+    folder = open_run(tiny_run.folder).export("c4", tmp_path / "unet")
+    with pytest.raises(ConfigError, match=f"backbone.{key} is for text-to-image pipelines, and .* has no text_encoder"):
+        run("quickstart", tmp_path / "run", overrides=[*tiny, f"backbone.folder={folder}", f"backbone.{key}=true"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_needs_weights_that_do_not_train(model, pictures, tmp_path):
+    recipe = personal_recipe(model, pictures, "lora", "dog", overrides=["backbone.frozen=false", "backbone.half=true"])
+    with pytest.raises(ConfigError, match="half is for weights that do not train"):
+        run(recipe, tmp_path / "run")
 
 
 def test_a_prompt_decides_what_is_drawn(rex):

@@ -18,7 +18,7 @@ from personae.artefact.save import digest, load_state, read_metadata, save_state
 from personae.core import Training
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.methods import FedAvgFT
-from personae.recipe import workflow
+from personae.recipe import measuring, workflow
 from personae.recipe.config import load_recipe, parse
 
 
@@ -109,7 +109,7 @@ def test_every_json_file_is_one_for_any_reader(tiny_run):
 
 def test_a_loss_that_is_not_finite_is_null(tiny_run, copy_of, monkeypatch):
     run = personae.open_run(copy_of(tiny_run))
-    monkeypatch.setattr(workflow, "denoising_loss", lambda *_, **__: math.nan)
+    monkeypatch.setattr(measuring, "denoising_loss", lambda *_, **__: math.nan)
     summary = run.evaluate()
     assert summary == strict_json((run.folder / "summary.json").read_text("utf-8"))
     assert summary["heldout_loss"] is None

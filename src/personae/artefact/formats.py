@@ -10,6 +10,9 @@ An adapter adds alpha / rank * B A to a layer's weight. Formats differ in how th
     textual_inversion        {word: vectors}, a file for each word
     textual_inversion_a1111  {"emb_params": vectors}, likewise; the word is the file's name
 
+A word of SDXL is the same file in both forms: {"clip_l": vectors, "clip_g": vectors}, of the first text encoder and the
+second. The word is the file's name.
+
 Where ranks differ between layers, diffusers before 0.34 (with kohya's form, before 0.33) scales some of them wrongly,
 without a word and whatever the file says.
 """
@@ -20,7 +23,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,19 +32,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from personae.artefact.formats_names import NETWORKS, TEXT, UNET, flat
+from personae.artefact.formats_names import NETWORKS, TEXT, TEXT_2, UNET, flat
 from personae.artefact.save import json_text, write_bytes
 from personae.backbone.parts import written_whole
 from personae.core import Arrays, pick, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.personal.lora import LEVEL, A, B
-from personae.personal.tokens import TOKENS
+from personae.personal.tokens import TOKENS, is_word
 
 Form = Literal["diffusers", "peft", "kohya", "textual_inversion", "textual_inversion_a1111"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_HEADER = "lora_adapter_metadata"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+CLIPS = ("clip_l", "clip_g")
+"""The vectors of a word of SDXL, in the order of TOKENS."""
+
 BASE = "base_model"
 """In the header of a file: what the parts were made for, where the format has no place of its own for it."""
 
@@ -74,7 +80,7 @@ def export_parts(parts: Parts, to: Path, form: Form) -> list[Path]:
     if form not in FORMS:
         raise ConfigError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     holds_words = form.startswith("textual_inversion")
-    strange = [name for name in parts.params if name.startswith(TOKENS) != holds_words or not _is_part(name)]
+    strange = [name for name in parts.params if is_word(name) != holds_words or not _is_part(name)]
     if strange or not parts.params:
         other = "a LoRA's form, such as diffusers" if holds_words else "textual_inversion"
         raise ConfigError(
@@ -93,7 +99,7 @@ def export_parts(parts: Parts, to: Path, form: Form) -> list[Path]:
 
 
 def _is_part(name: str) -> bool:
-    return name.startswith(TOKENS) or (name.startswith(NETWORKS) and name.endswith((A, B)))
+    return is_word(name) or (name.startswith(NETWORKS) and name.endswith((A, B)))
 
 
 def refuse_infinite(params: Arrays, where: str) -> None:
@@ -133,7 +139,8 @@ def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, 
 
     A text encoder's names go without their first level: as ends of names they fit every version of transformers.
     """
-    bare = {layer: re.sub(rf"^(?:{re.escape(UNET)}|{re.escape(TEXT + LEVEL)})", "", layer) for layer in ranks}
+    fronts = "|".join(map(re.escape, (UNET, TEXT + LEVEL, TEXT_2 + LEVEL)))
+    bare = {layer: re.sub(f"^(?:{fronts})", "", layer) for layer in ranks}
     rank, alpha = _most(ranks), _most(alphas)
     return {
         "r": rank,
@@ -166,7 +173,7 @@ def _diffusers(parts: Parts, name: str) -> dict[str, bytes]:
 
 
 def _peft(parts: Parts, name: str) -> dict[str, bytes]:
-    """A text encoder's tensors stand there twice, with and without the first level of their names.
+    """The first text encoder's tensors stand there twice, with and without the first level of their names.
 
     peft compares names as they are, transformers 5 has left that level out, and what is not found stays at zero.
     """
@@ -180,7 +187,7 @@ def _peft(parts: Parts, name: str) -> dict[str, bytes]:
         tensors = dict[str, Tensor]()
         for layer, (down, up) in pairs.items():
             bare = layer.removeprefix(network)
-            for each in dict.fromkeys((bare, bare.removeprefix(LEVEL))):
+            for each in dict.fromkeys((bare, bare.removeprefix(LEVEL) if network == TEXT else bare)):
                 tensors |= {f"base_model.model.{each}{A}.weight": down, f"base_model.model.{each}{B}.weight": up}
         config = {
             "peft_type": "LORA",
@@ -201,13 +208,13 @@ def _kohya(parts: Parts, name: str) -> dict[str, bytes]:
     pairs = _pairs(parts.params)
     ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
     alpha = parts.alpha or _most(ranks)
-    tensors = dict[str, Tensor]()
+    tensors, two = dict[str, Tensor](), any(layer.startswith(TEXT_2) for layer in pairs)
     for layer, (down, up) in pairs.items():
-        factor = 1.0 if parts.alpha is not None else ranks[layer] / alpha
+        factor, name_there = 1.0 if parts.alpha is not None else ranks[layer] / alpha, flat(layer, two)
         tensors |= {
-            f"{flat(layer)}.lora_down.weight": down,
-            f"{flat(layer)}.lora_up.weight": folded(up, factor),
-            f"{flat(layer)}.alpha": torch.tensor(float(alpha)),
+            f"{name_there}.lora_down.weight": down,
+            f"{name_there}.lora_up.weight": folded(up, factor),
+            f"{name_there}.alpha": torch.tensor(float(alpha)),
         }
     about = {
         "ss_network_module": "networks.lora",
@@ -220,26 +227,40 @@ def _kohya(parts: Parts, name: str) -> dict[str, bytes]:
     return {f"{name}.safetensors": _file(tensors, parts, **about)}
 
 
-def _words(parts: Parts) -> dict[str, tuple[str, Tensor]]:
-    """Each word and its vectors, by the name of its file. Raises: ShapeError, ConfigError."""
-    files = dict[str, tuple[str, Tensor]]()
-    for name, rows in parts.params.items():
-        word = name.removeprefix(TOKENS)
+def _words(parts: Parts) -> dict[str, tuple[str, list[Tensor]]]:
+    """Each word and its vectors, of each text encoder, by the name of its file. Raises: ShapeError, ConfigError."""
+    files = dict[str, tuple[str, list[Tensor]]]()
+    for word in dict.fromkeys(name.split(".", 1)[1] for name in parts.params):
+        found = {front + word: parts.params.get(front + word) for front in TOKENS}
         file = (re.sub(r"[^\w.-]", "", word).strip(".") or "word") + ".safetensors"
-        if rows.dim() != 2 or 0 in rows.shape:
-            raise ShapeError(f"{name} is {list(rows.shape)}; expected [vectors, width]")
+        for name, rows in found.items():
+            if rows is not None and (rows.dim() != 2 or 0 in rows.shape):
+                raise ShapeError(f"{name} is {list(rows.shape)}; expected [vectors, width]")
+        first, second = found.values()
+        if first is None or (second is not None and len(first) != len(second)):
+            raise ShapeError(f"the word {word!r} needs as many vectors for the first text encoder as for the second")
         if file in files:
             raise ConfigError(f"the words {files[file][0]!r} and {word!r} would both be {file}; export them apart")
-        files[file] = word, rows
+        files[file] = word, [first] if second is None else [first, second]
     return files
 
 
 def _textual_inversion(parts: Parts, name: str) -> dict[str, bytes]:
-    return {file: _file({word: rows}, parts) for file, (word, rows) in _words(parts).items()}
+    return {
+        file: _file({word: rows[0]}, parts) if len(rows) == 1 else _word_of_two(word, rows, parts)
+        for file, (word, rows) in _words(parts).items()
+    }
 
 
 def _textual_inversion_a1111(parts: Parts, name: str) -> dict[str, bytes]:
-    return {file: _file({"emb_params": rows}, parts, name=word) for file, (word, rows) in _words(parts).items()}
+    return {
+        file: _file({"emb_params": rows[0]}, parts, name=word) if len(rows) == 1 else _word_of_two(word, rows, parts)
+        for file, (word, rows) in _words(parts).items()
+    }
+
+
+def _word_of_two(word: str, rows: Sequence[Tensor], parts: Parts) -> bytes:
+    return _file(dict(zip(CLIPS, rows, strict=True)), parts, name=word)
 
 
 FORMS: Mapping[Form, Callable[[Parts, str], dict[str, bytes]]] = {

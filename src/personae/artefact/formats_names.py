@@ -5,7 +5,8 @@
     base_model.model.mid_block.attentions.0.proj.lora_A.weight       peft, one file per network
     lora_unet_mid_block_attentions_0_proj.lora_down.weight           kohya; where a dot was, nobody can tell
 
-A network is "unet." or "text_encoder."; a layer's name is the bare model's, a text encoder's begins with "text_model.".
+A network is "unet.", "text_encoder." or XL's "text_encoder_2."; a layer's name is the bare model's, a text encoder's
+begins with "text_model.". kohya calls the text encoder `lora_te_`, XL's two `lora_te1_` and `lora_te2_`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from collections.abc import Mapping, Sequence
 
 from personae.personal.lora import LEVEL, A, B
 
-UNET, TEXT = "unet.", "text_encoder."
-NETWORKS = (UNET, TEXT)
+UNET, TEXT, TEXT_2 = "unet.", "text_encoder.", "text_encoder_2."
+NETWORKS = (UNET, TEXT, TEXT_2)
 ALPHA = ".alpha"
 
-FLAT = {UNET: "lora_unet_", TEXT: "lora_te_"}
-SDXL = ("lora_te1_", "lora_te2_", "text_encoder_2.")
+FLAT = {UNET: "lora_unet_", TEXT: "lora_te_", TEXT_2: "lora_te2_"}
+FIRST_OF_TWO = "lora_te1_"
+SDXL = (FIRST_OF_TWO, FLAT[TEXT_2], TEXT_2)
 SDXL_BLOCKS = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|label_emb)_")
 
 # In this order: the first that fits a key's end says what it is.
@@ -41,7 +43,7 @@ PATTERNS = {part: re.compile(rf"(.+?){tail}") for part, tail in TAILS.items()}
 # Pieces of layers' names that have an underscore of their own.
 WHOLE = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|transformer_blocks|to_(?:q|k|v|out)|proj_(?:in|out)|conv_(?:in|out|shortcut)|"
-    r"time_(?:emb_proj|embedding)|linear_[12]|text_model|self_attn|(?:q|k|v|out)_proj)(?=_|$)|[^_]+"
+    r"time_(?:emb_proj|embedding)|linear_[12]|text_model|self_attn|text_projection|(?:q|k|v|out)_proj)(?=_|$)|[^_]+"
 )
 
 
@@ -58,7 +60,7 @@ def taken_apart(key: str) -> tuple[str, str] | None:
 
 
 def is_flat(layer: str) -> bool:
-    return layer.startswith((*FLAT.values(), "lora_te1_", "lora_te2_"))
+    return layer.startswith((*FLAT.values(), FIRST_OF_TWO))
 
 
 def is_sdxl(layer: str) -> bool:
@@ -67,15 +69,14 @@ def is_sdxl(layer: str) -> bool:
 
 def _dotted(layer: str) -> str:
     layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
-    if layer.startswith("text_encoder_2."):
-        return layer
     network = next((network for network in NETWORKS if layer.startswith(network)), None)
     if network is None:
         network = TEXT if looks_like_text([layer]) else UNET
     layer = layer.removeprefix(network)
-    if network == TEXT:
+    if network != UNET:
         layer = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", layer)
-        return TEXT + LEVEL + layer.removeprefix(LEVEL)
+        inside = network == TEXT or looks_like_text([layer])  # the second's projection stands beside
+        return network + (LEVEL + layer.removeprefix(LEVEL) if inside else layer)
     return UNET + re.sub(r"\.to_out$", ".to_out.0", layer)
 
 
@@ -84,24 +85,27 @@ def looks_like_text(names: Sequence[str]) -> bool:
     return any(re.match(rf"(?:base_model\.model\.)?(?:{LEVEL})?encoder\.layers\.", name) for name in names)
 
 
-def flat(layer: str) -> str:
-    """kohya's name of a layer."""
-    network = UNET if layer.startswith(UNET) else TEXT
-    return FLAT[network] + layer.removeprefix(network).replace(".", "_")
+def flat(layer: str, two: bool = False) -> str:
+    """kohya's name of a layer; `two` says that the model has two text encoders."""
+    network = next(network for network in NETWORKS if layer.startswith(network))
+    front = FIRST_OF_TWO if two and network == TEXT else FLAT[network]
+    return front + layer.removeprefix(network).replace(".", "_")
 
 
 def resolved(layer: str, places: Mapping[str, Sequence[str]] | None) -> tuple[str, str]:
     """(our name of a layer, "") or ("", why there is none).
 
-    `places` has the model's layers by their flat names. Without a model, a flat name is cut where such names are cut.
+    `places` has the model's layers by their flat names, XL's first text encoder as if it were the only one. Without a
+    model, a flat name is cut where such names are cut.
     """
-    if layer.startswith(SDXL):
-        return "", "SDXL's text encoders are not supported yet"
+    told, layer = layer, re.sub(f"^{FIRST_OF_TWO}", FLAT[TEXT], layer)
     if places is None:
         if SDXL_BLOCKS.match(layer):
             return "", "SDXL's own names of a U-Net's layers are not supported yet"
         return (_guessed(layer) if is_flat(layer) else layer), ""
     found = places.get(layer if is_flat(layer) else flat(layer), ())
+    if told.startswith(SDXL) and not any(place.startswith(FLAT[TEXT_2]) for place in places):
+        return "", "it is for one of SDXL's two text encoders, for which the model has no place"
     if not is_flat(layer):
         return (layer, "") if layer in found else ("", "the model has no place for it")
     if len(found) > 1:

@@ -5,7 +5,6 @@ A layer's adapter is taken whole or not at all: one with DoRA's magnitudes, say,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,11 +17,7 @@ import torch
 from torch import Tensor
 
 from personae.artefact.formats import (
-    BASE,
-    LORA_FILE,
-    LORA_HEADER,
-    PEFT_CONFIG,
-    PEFT_FILE,
+    CLIPS,
     Parts,
     fit,
     folded,
@@ -32,26 +27,19 @@ from personae.artefact.formats_names import (
     ALPHA,
     NETWORKS,
     TEXT,
-    UNET,
+    TEXT_2,
     flat,
-    is_flat,
     is_sdxl,
-    looks_like_text,
     resolved,
     taken_apart,
 )
-from personae.artefact.save import load_arrays, read_json, read_metadata
+from personae.artefact.formats_open import Found, opened
 from personae.core import Arrays
 from personae.errors import ArtefactError, ShapeError
 from personae.personal.lora import LEVEL, A, B
-from personae.personal.tokens import TOKENS
+from personae.personal.tokens import TOKENS, is_word
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Ways to begin an adapter, as peft names them, that also change the weights beneath it."""
-
-TOKEN_TABLE = TEXT + LEVEL + "embeddings.token_embedding.weight"
+TOKEN_TABLES = tuple(text + LEVEL + "embeddings.token_embedding.weight" for text in (TEXT, TEXT_2))
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
     "LoRA, diffusers": ("diffusers",),
@@ -78,14 +66,6 @@ class Matched:
     missing: tuple[str, ...] = ()
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises: ArtefactError, by the file's name alone."""
-    if path.suffix in PICKLES:
-        raise ArtefactError(
-            f"{path} may hold a pickle, which can run code when opened; convert it to safetensors first"
-        )
-
-
 def import_parts(path: Path, model: Arrays | None = None) -> tuple[Parts, Matched]:
     """Read a LoRA or a word of any form that `export_parts` writes, and of diffusers' older ones, in float32.
 
@@ -96,7 +76,7 @@ def import_parts(path: Path, model: Arrays | None = None) -> tuple[Parts, Matche
     Raises: ArtefactError, when this is none of them, is damaged, or nothing in it matches; ShapeError, when an adapter
     or a word has another width than the model.
     """
-    found = _open(path)
+    found = opened(path)
     if found is None:
         raise ArtefactError(f"{path} holds neither a LoRA nor a textual inversion")
     params, alphas, unmatched = _taken(found, model)
@@ -108,7 +88,7 @@ def import_parts(path: Path, model: Arrays | None = None) -> tuple[Parts, Matche
         if not math.isfinite(alpha):
             raise ArtefactError(f"{path}: the alpha of {layer} is {alpha}")
     params, shared = _one_alpha(params, alphas)
-    same_kind = {name for name in model or () if (name.endswith((A, B)) if alphas else name.startswith(TOKENS))}
+    same_kind = {name for name in model or () if (name.endswith((A, B)) if alphas else is_word(name))}
     missing = tuple(sorted(same_kind - params.keys()))
     return Parts(params, shared, found.base), Matched(found.kind, tuple(params), unmatched, missing)
 
@@ -118,7 +98,7 @@ def described(path: Path) -> dict[str, Any]:
 
     Raises: ArtefactError, when it is damaged; a pickle is named and not opened.
     """
-    found = _open(path)
+    found = opened(path)
     if found is None:
         return {}
     params, alphas, unmatched = _taken(found, None)
@@ -132,107 +112,16 @@ def described(path: Path) -> dict[str, Any]:
         "alpha_is_rank": bool(ranks) and alphas == ranks,
         "keys": len(found.arrays),
         "networks": [n.removesuffix(".") for n in NETWORKS if any(name.startswith(n) for name in params)],
-        "words": [name.removeprefix(TOKENS) for name in params if name.startswith(TOKENS)],
+        "words": [name.removeprefix(TOKENS[0]) for name in params if name.startswith(TOKENS[0])],
         "not_readable": [f"{reason}: {n} keys" for reason, n in Counter(unmatched.values()).items()],
         "read_by": list(READ_BY[found.kind]),
     }
 
 
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A file's tensors by its own keys; peft's begin with the network instead of "base_model.model."."""
-
-    kind: str
-    arrays: Arrays
-    base: str = ""
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of peft, by network
-    word: str = ""
-
-
-def _open(path: Path) -> _Found | None:
-    """None: nothing of these kinds."""
-    refuse_pickle(path)
-    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        path = path.parent
-    if path.is_dir():
-        return _folder(path)
-    metadata, arrays = read_metadata(path), load_arrays(path)
-    if metadata.get("format", "").startswith("personae"):
-        return None
-    base = metadata.get(BASE) or metadata.get("ss_base_model_version") or metadata.get("ss_sd_model_name") or ""
-    if {"clip_l", "clip_g"} <= arrays.keys():
-        return _Found("textual inversion, SDXL", arrays, base)
-    if "emb_params" in arrays:
-        return _Found("textual inversion, A1111", arrays, base, word=metadata.get("name", path.stem))
-    parts = [found for key in arrays if (found := taken_apart(key))]
-    if all(part == ALPHA for _, part in parts):
-        return (
-            _Found("textual inversion, diffusers", arrays, base, word=next(iter(arrays))) if _is_word(arrays) else None
-        )
-    if any(is_flat(layer) for layer, _ in parts):
-        return _Found("LoRA, kohya", arrays, base)
-    if any(key.startswith("base_model.model.") for key in arrays):
-        raise ArtefactError(f"{path} is one of peft's two files; {PEFT_CONFIG}, which says its alpha, is not beside it")
-    old = not any(re.search(r"\.lora_[AB]\b", key) for key in arrays)
-    return _Found("LoRA, diffusers" + " before peft" * old, arrays, base, _headed(path, metadata))
-
-
-def _is_word(arrays: Arrays) -> bool:
-    """One word's vectors, and not one weight of something else."""
-    if len(arrays) != 1 or re.search(r"/|\.(weight|bias)$", next(iter(arrays))):
-        return False
-    value = next(iter(arrays.values()))
-    return value.dim() in (1, 2) and value.numel() > 0 and value.is_floating_point()
-
-
-def _headed(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """diffusers' header: peft's settings of all networks in one."""
-    if LORA_HEADER not in metadata:
-        return {}
-    try:
-        about = json.loads(metadata[LORA_HEADER])
-        return {
-            network: {key.removeprefix(network): value for key, value in about.items() if key.startswith(network)}
-            for network in NETWORKS
-        }
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{path} is damaged: {LORA_HEADER} in its header is not readable ({error})") from error
-
-
-def _folder(path: Path) -> _Found | None:
-    """One adapter of peft or one for each network; or the folder that diffusers wrote."""
-    candidates = (path, *(path / network.removesuffix(".") for network in NETWORKS))
-    folders = [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
-    if not folders:
-        return _open(path / LORA_FILE) if (path / LORA_FILE).is_file() else None
-    arrays, configs, base = dict[str, Tensor](), dict[str, Mapping[str, Any]](), ""
-    for folder in folders:
-        config = read_json(folder / PEFT_CONFIG)
-        if not isinstance(config, dict):
-            raise ArtefactError(f"{folder / PEFT_CONFIG} is not peft's: it has no settings by name")
-        if (pickled := (folder / PEFT_FILE).with_suffix(".bin")).exists() and not (folder / PEFT_FILE).exists():
-            refuse_pickle(pickled)
-        found = {key.removeprefix("base_model.model."): value for key, value in load_arrays(folder / PEFT_FILE).items()}
-        alone = TEXT if looks_like_text(list(found)) else UNET
-        network = alone if folder == path else folder.name + "."
-        if (begun := str(config.get("init_lora_weights", "")).lower()).startswith(CHANGES_BASE):
-            raise ArtefactError(
-                f"{folder}: this adapter began as {begun!r}, which changes the model beneath it too; save it again "
-                "with peft's path_initial_model_for_weight_conversion"
-            )
-        arrays |= {network + key: value for key, value in found.items()}
-        configs[network] = config
-        base = base or str(config.get("base_model_name_or_path") or "")
-    return _Found("LoRA, peft", arrays, base, configs)
-
-
 # --- taking apart -----------------------------------------------------------------------------------------------------
 
 
-def _taken(found: _Found, model: Arrays | None) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
+def _taken(found: Found, model: Arrays | None) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
     """(parts by our names, alphas by layer, reasons by what is left of the file's keys). Raises: ShapeError."""
     if found.kind.startswith("textual inversion"):
         return _word(found, model)
@@ -269,7 +158,10 @@ def _taken(found: _Found, model: Arrays | None) -> tuple[dict[str, Tensor], dict
         params |= {name + A: down, name + B: up}
         alphas[name] = _alpha(name, halves.get(ALPHA), len(down), found.configs)
     if wide:
-        raise ShapeError(f"{len(wide)} adapters are for layers of another width: {'; '.join(wide[:3])}")
+        raise ShapeError(
+            f"{len(wide)} adapters are for layers of another width: {'; '.join(wide[:3])}. "
+            "Were they made for another kind of model?"
+        )
     return params, alphas, unmatched
 
 
@@ -286,7 +178,7 @@ def _unusable(halves: Mapping[str, Tensor]) -> str:
 def _places(model: Arrays) -> dict[str, tuple[int, int]]:
     """(out, in) of the layers that may have an adapter: those that have one, or every matrix of a bare model."""
     has = {name.removesuffix(A) for name in model if name.endswith(A) and name.removesuffix(A) + B in model}
-    if has or any(name.startswith(TOKENS) for name in model):
+    if has or any(map(is_word, model)):
         return {layer: (len(model[layer + B]), model[layer + A].shape[1]) for layer in has}
     return {
         name.removesuffix(".weight"): (value.shape[0], value.shape[1])
@@ -336,20 +228,31 @@ def _one_alpha(params: Mapping[str, Tensor], alphas: Mapping[str, float]) -> tup
     }, None
 
 
-def _word(found: _Found, model: Arrays | None) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
-    if not found.word:
-        return {}, {}, dict.fromkeys(found.arrays, "SDXL's words are not supported yet")
-    key = "emb_params" if "emb_params" in found.arrays else found.word
-    rows, name = found.arrays[key].float(), TOKENS + found.word
-    rows = rows[None] if rows.dim() == 1 else rows
-    unmatched = {other: "no part of a word" for other in found.arrays if other != key}
-    if rows.dim() != 2 or 0 in rows.shape:
-        raise ShapeError(f"the word {found.word!r} is {list(rows.shape)}; expected [vectors, width]")
+def _word(found: Found, model: Arrays | None) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
+    """Its vectors for every text encoder. A word of one text encoder is none of a model of two, and the reverse."""
+    plain = "emb_params" if "emb_params" in found.arrays else found.word
+    keys = CLIPS if found.kind == "textual inversion, SDXL" else (plain,)
+    params = {front + found.word: found.arrays[key].float() for front, key in zip(TOKENS, keys, strict=False)}
+    params = {name: rows[None] if rows.dim() == 1 else rows for name, rows in params.items()}
+    unmatched = {other: "no part of a word" for other in found.arrays if other not in keys}
+    if odd := [rows for rows in params.values() if rows.dim() != 2 or 0 in rows.shape]:
+        raise ShapeError(f"the word {found.word!r} is {list(odd[0].shape)}; expected [vectors, width]")
     if model is None:
-        return {name: rows}, {}, unmatched
-    if name not in model and (TOKEN_TABLE not in model or any(other.startswith(TOKENS) for other in model)):
-        return {}, {}, {**unmatched, key: f"the model has no word {found.word!r}"}
-    wanted = list(model[name].shape) if name in model else [len(rows), model[TOKEN_TABLE].shape[1]]
-    if list(rows.shape) != wanted:
-        raise ShapeError(f"the word {found.word!r} is {list(rows.shape)}, the model's is {wanted}")
-    return {name: rows}, {}, unmatched
+        return params, {}, unmatched
+    words = any(map(is_word, model))
+    places = (
+        {name for name in model if is_word(name)}
+        if words
+        else {front + found.word for front, table in zip(TOKENS, TOKEN_TABLES, strict=True) if table in model}
+    )
+    own = {name for name in places if name.split(".", 1)[1] == found.word}
+    if own and own != params.keys():
+        reason = f"the word is for {len(params)} text encoder{'s' * (len(params) > 1)}, the model has {len(own)}"
+        return {}, {}, {**unmatched, **dict.fromkeys(keys, reason)}
+    if not own:
+        return {}, {}, {**unmatched, **dict.fromkeys(keys, f"the model has no word {found.word!r}")}
+    for (name, rows), table in zip(params.items(), TOKEN_TABLES, strict=False):
+        wanted = list(model[name].shape) if words else [len(rows), model[table].shape[1]]
+        if list(rows.shape) != wanted:
+            raise ShapeError(f"the word {found.word!r} is {list(rows.shape)}, the model's is {wanted}")
+    return params, {}, unmatched

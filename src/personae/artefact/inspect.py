@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from personae.artefact.formats_read import described, refuse_pickle
+from personae.artefact.formats_open import refuse_pickle
+from personae.artefact.formats_read import described
 from personae.artefact.save import explained, load_arrays, read_json, read_metadata
 from personae.errors import ArtefactError
 

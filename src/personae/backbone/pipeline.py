@@ -1,8 +1,10 @@
-"""Folders of Stable Diffusion's kind: made fresh, opened as a denoiser, and written as other tools read them."""
+"""Folders of Stable Diffusion's and XL's kind: made fresh, opened as denoisers, written as other tools read them."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
+from personae.backbone.captions import Second
 from personae.backbone.parts import refuse_partial, written_whole
 from personae.backbone.schedule import load_schedule
 from personae.backbone.text2image import Networks, TextToImage, Vector, published
@@ -23,32 +26,54 @@ from personae.errors import ArtefactError, ConfigError
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 
+_SMALLEST: Mapping[str, Mapping[str, Any]] = {
+    "vae": {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    },
+    "text": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+    },
+    "unet": {
+        "sample_size": 4,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+}
+
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # 8 x 8 pictures in latents of 4 x 4 x 4: every kind of layer and hardly any weights, for tests.
-    "smallest": {
-        "vae": {
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "norm_num_groups": 4,
-        },
-        "text": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 12,
+    "smallest": _SMALLEST,
+    # The same with two text encoders, of which the last layers but one are read.
+    "smallest_xl": {
+        "vae": _SMALLEST["vae"],
+        "text": {**_SMALLEST["text"], "num_hidden_layers": 2},
+        "text_2": {
+            **_SMALLEST["text"],
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "hidden_act": "gelu",
+            "projection_dim": 20,
         },
         "unet": {
-            "sample_size": 4,
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
+            **_SMALLEST["unet"],
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 20,
         },
     },
     # 32 x 32 pictures in latents of 8 x 8 x 4.
@@ -88,16 +113,24 @@ def fresh(size: str, tokenizer: CLIPTokenizer, rng: torch.Generator) -> Networks
     options = SIZES[size]
     with torch.random.fork_rng(devices=[]):  # both libraries draw from the global generator
         torch.manual_seed(int(torch.randint(2**27, (1,), generator=rng)))
-        text = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **options["text"],
-        )
-        width = options["text"]["hidden_size"]
-        unet = UNet2DConditionModel(cross_attention_dim=width, **options["unet"])
-        return Networks(AutoencoderKL(**options["vae"]), tokenizer, CLIPTextModel(text), unet)
+        texts = [
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **options[name],
+            )
+            for name in ("text", "text_2")
+            if name in options
+        ]
+        unet = UNet2DConditionModel(cross_attention_dim=sum(text.hidden_size for text in texts), **options["unet"])
+        first = AutoencoderKL(**options["vae"]), tokenizer, CLIPTextModel(texts[0]), unet
+        if len(texts) == 1:
+            return Networks(*first)
+        other = copy.deepcopy(tokenizer)
+        other.pad_token = "!"  # as the published one's
+        return Networks(*first, Second(other, CLIPTextModelWithProjection(texts[1])))
 
 
 def open_pipeline(
@@ -107,46 +140,99 @@ def open_pipeline(
     lora: Lora | None = None,
     words: Words | None = None,
     vector: Vector | None = None,
+    half: bool = False,
+    recompute: bool = False,
 ) -> TextToImage:
-    """Any local folder of Stable Diffusion's kind, weights in safetensors, with parts as TextToImage takes them.
+    """Any local folder of Stable Diffusion's kind, weights in safetensors, with what TextToImage takes.
+
+    With a second text encoder it is of the XL kind.
 
     Raises: ArtefactError, when the folder lacks a component, holds another kind, or its weights do not fit;
-    ConfigError, when a network has dropout.
+    ConfigError, when a network has dropout, or TextToImage refuses.
     """
-    missing = [part for part in COMPONENTS if not (folder / part).is_dir()]
-    if missing:
+    expected, kind = (COMPONENTS_XL, "XL") if is_xl(folder) else (COMPONENTS, "")
+    if missing := [part for part in expected if not (folder / part).is_dir()]:
         raise ArtefactError(
             f"{folder} is not a text-to-image pipeline: it has no {', '.join(missing)}; expected the folders "
-            f"{', '.join(COMPONENTS)}, as StableDiffusionPipeline.save_pretrained writes them"
+            f"{', '.join(expected)}, as StableDiffusion{kind}Pipeline.save_pretrained writes them"
         )
+    networks = _read(folder)
+    _check(networks, folder)
+    saved = load_schedule(folder / "scheduler")
+    # Latents are not within [-1, 1]; a scheduler's file may say nothing of it, and DDPM's default would cut them.
+    unclipped = dataclasses.replace(saved, config=_with(saved.config, clip_sample=False))
+    return TextToImage(
+        networks, unclipped, opened, lora=lora, words=words, vector=vector, half=half, recompute=recompute
+    )
+
+
+def is_xl(folder: Path) -> bool:
+    """True for a pipeline with a second tokenizer or text encoder."""
+    return any((folder / part).is_dir() for part in COMPONENTS_XL if part not in COMPONENTS)
+
+
+def _read(folder: Path) -> Networks:
+    second = None
+    if is_xl(folder):
+        other = _weights(CLIPTextModelWithProjection, folder / "text_encoder_2")
+        second = Second(read_tokenizer(folder / "tokenizer_2"), other, _zeros_for_empty(folder))
     tokenizer = read_tokenizer(folder / "tokenizer")
     vae, unet = (
         _weights(kind, folder / part) for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
-    text = _weights(CLIPTextModel, folder / "text_encoder")
-    if len(tokenizer) > text.config.vocab_size:
+    return Networks(vae, tokenizer, _weights(CLIPTextModel, folder / "text_encoder"), unet, second)
+
+
+def _zeros_for_empty(folder: Path) -> bool:
+    """As diffusers has it: True, where the pipeline does not say otherwise. Raises: ArtefactError."""
+    try:
+        said = json.loads((folder / INDEX).read_text("utf-8"))
+        return bool(said.get("force_zeros_for_empty_prompt", True))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtefactError(f"{folder / INDEX} cannot be read: {error}; save the pipeline again") from error
+
+
+def _check(networks: Networks, folder: Path) -> None:
+    """Raises: ArtefactError, when the pieces do not fit each other; ConfigError, when a network has dropout."""
+    unet, second = networks.unet.config, networks.second
+    readers: list[tuple[str, CLIPTokenizer, Any]] = [("", networks.tokenizer, networks.text_encoder.config)]
+    readers += [] if second is None else [("second ", second.tokenizer, second.text_encoder.config)]
+    for which, tokenizer, config in readers:
+        if len(tokenizer) > config.vocab_size:
+            raise ArtefactError(
+                f"{folder}: the {which}tokenizer knows {len(tokenizer)} tokens, the text encoder {config.vocab_size}"
+            )
+    if unet.cross_attention_dim != (given := sum(config.hidden_size for _, _, config in readers)):
         raise ArtefactError(
-            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the text encoder {text.config.vocab_size}"
+            f"{folder}: the U-Net attends to vectors of {unet.cross_attention_dim} numbers, the text "
+            f"encoder{'' if second is None else 's together'} gives {given}; is it a pipeline of another kind?"
         )
-    if unet.config.cross_attention_dim != text.config.hidden_size:
+    takes = unet.projection_class_embeddings_input_dim if unet.addition_embed_type == "text_time" else None
+    told = None
+    if second is not None:
+        told = readers[1][2].projection_dim + 6 * (unet.addition_time_embed_dim or 0)
+    if unet.addition_embed_type not in (None, "text_time") or takes != told:
         raise ArtefactError(
-            f"{folder}: the U-Net attends to vectors of {unet.config.cross_attention_dim} numbers, the text encoder "
-            f"gives {text.config.hidden_size}; is it a pipeline of another kind?"
+            f"{folder}: the U-Net takes {takes or 'no'} numbers beside the captions' vectors "
+            f"({unet.addition_embed_type or 'nothing'}), this pipeline gives {told or 'none'}; is it of another kind?"
         )
-    for name, dropout in (("unet", unet.config.dropout), ("text_encoder", text.config.attention_dropout)):
+    if len({config.max_position_embeddings for *_, config in readers}) > 1:
+        raise ArtefactError(f"{folder}: its two text encoders read texts of different lengths")
+    if networks.vae.config.latents_mean is not None or networks.vae.config.latents_std is not None:
+        raise ConfigError(f"the vae in {folder} has latents_mean and latents_std, which are not supported yet")
+    dropouts = [("unet", unet.dropout), ("text_encoder", readers[0][2].attention_dropout)]
+    dropouts += [("text_encoder_2", config.attention_dropout) for *_, config in readers[1:]]
+    for name, dropout in dropouts:
         if dropout:  # its masks come from torch's global generator: a resumed run would not end in the same bits
             raise ConfigError(f"the {name} in {folder} has dropout {dropout:g}, which cannot be repeated; set it to 0")
-    saved = load_schedule(folder / "scheduler")
-    # Latents are not within [-1, 1]; a scheduler's file may say nothing of it, and DDPM's default would cut them.
-    unclipped = dataclasses.replace(saved, config=_with(saved.config, clip_sample=False))
-    networks = Networks(vae, tokenizer, text, unet)
-    return TextToImage(networks, unclipped, opened, lora=lora, words=words, vector=vector)
 
 
 SAVED_SCHEDULE = {"steps_offset": 1, "timestep_spacing": "trailing"}
 """What pipelines expect of a scheduler; neither has a part in training."""
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+COMPONENTS_XL = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+INDEX = "model_index.json"
 
 
 @contextmanager
@@ -179,28 +265,42 @@ def _with(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def save_pipeline(model: TextToImage, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """As `StableDiffusionPipeline.from_pretrained` reads it, with adapters and a client's vector put into the weights.
+    """As `StableDiffusionPipeline.from_pretrained` reads it, or `StableDiffusionXLPipeline`'s where there are two text
+    encoders, with adapters and a client's vector put into the weights.
 
-    `dtype` is that of the U-Net's and the autoencoder's files. The text encoder's stay in float32: transformers opens a
+    `dtype` is that of the U-Net's and the autoencoder's files. The text encoders' stay in float32: transformers opens a
     file in its own type, diffusers in float32, and a pipeline of both would not run.
 
     Raises: ArtefactError, when the folder exists and is not empty; ConfigError, as `TextToImage.folded`.
     """
-    from diffusers import StableDiffusionPipeline  # half of transformers comes with it, and its warnings
-
     networks = model.folded()
     with written_whole(folder) as partial, quiet():
-        pipeline = StableDiffusionPipeline(
-            nn.Module.to(networks.vae, dtype),  # diffusers' own `to` warns of modules that these do not have
-            networks.text_encoder,
-            networks.tokenizer,
-            nn.Module.to(networks.unet, dtype),
-            DDIMScheduler.from_config(_with(model.schedule.config, **SAVED_SCHEDULE)),
-            None,
-            None,
-            requires_safety_checker=False,
-        )
+        pipeline = _pipeline(networks, DDIMScheduler.from_config(_with(model.schedule.config, **SAVED_SCHEDULE)), dtype)
         pipeline.save_pretrained(partial)
         weights = {published(name): value for name, value in networks.text_encoder.state_dict().items()}
         networks.text_encoder.save_pretrained(partial / "text_encoder", state_dict=weights)
         write_vocabulary(networks.tokenizer, partial / "tokenizer")
+        if networks.second is not None:
+            write_vocabulary(networks.second.tokenizer, partial / "tokenizer_2")
+
+
+def _pipeline(networks: Networks, scheduler: DDIMScheduler, dtype: torch.dtype) -> Any:
+    # Half of transformers comes with them, and its warnings.
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    # diffusers' own `to` warns of modules that these do not have.
+    vae, unet = nn.Module.to(networks.vae, dtype), nn.Module.to(networks.unet, dtype)
+    text, tokenizer, second = networks.text_encoder, networks.tokenizer, networks.second
+    if second is None:
+        return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    return StableDiffusionXLPipeline(
+        vae,
+        text,
+        second.text_encoder,
+        tokenizer,
+        second.tokenizer,
+        unet,
+        scheduler,
+        force_zeros_for_empty_prompt=second.zeros_for_empty,
+        add_watermarker=False,
+    )

@@ -1,18 +1,19 @@
 """A latent text-to-image model of Stable Diffusion's anatomy behind the interface of denoisers.
 
-An autoencoder turns pictures into latents and back, a causal text encoder a caption into vectors, a U-Net predicts in
-latents while it attends to these. Names are "unet." and "text_encoder." before those of the bare diffusers and
-transformers models; the autoencoder never moves. Beside them may stand adapters, new words, and a client's vector.
+An autoencoder turns pictures into latents and back, one or two text encoders a caption into vectors, a U-Net predicts
+in latents while it attends to these. Names are "unet.", "text_encoder." and "text_encoder_2." before those of the bare
+diffusers and transformers models; the autoencoder never moves. Beside them may stand adapters, new words, and a
+client's vector.
 
-Letters in shapes: `B` batch, `C H W` picture, `c h w` latent, `L` tokens, `D` width of a token's vector, `V` width of
-what the client's vector is added to.
+Letters in shapes: `B` batch, `C H W` picture, `c h w` latent, `L` tokens, `D` width of a token's vector, `P` width of
+what stands for a whole text, `V` width of what the client's vector is added to.
 """
 
 from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,31 +23,30 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from personae.backbone.captions import TEXT, TEXT_2, Captions, Second, added
 from personae.backbone.parts import copies, load_into
 from personae.backbone.schedule import Schedule
 from personae.core import Arrays, Batch, Select, everything, nothing, pick
 from personae.errors import ConfigError, PersonaeError, ShapeError
 from personae.personal.embedding import ClientEmbedding, clients_in
 from personae.personal.lora import LEVEL, Adapters, Lora, without_lora
-from personae.personal.tokens import TOKENS, NewWords, Words
+from personae.personal.tokens import Words
 
-UNET, TEXT = "unet.", "text_encoder."
+UNET = "unet."
 
 ENCODED_AT_ONCE = 64
 """Pictures, so that a folder of many does not ask for memory for all."""
 
-REMEMBERED = 4096
-"""Captions, whose vectors are kept while nothing in the text encoder moves."""
-
 
 @dataclass(frozen=True)
 class Networks:
-    """The pieces of a pipeline, as diffusers and transformers name them."""
+    """The pieces of a pipeline, as diffusers and transformers name them. With a `second` it is of the XL kind."""
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
+    second: Second | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Told:
     """What the U-Net is told beside x_t and t."""
 
     text: Float[Tensor, "B L D"]
+    pooled: Float[Tensor, "B P"] | None = None
     vectors: Float[Tensor, "B V"] | None = None
 
 
@@ -83,10 +84,16 @@ class TextToImage(nn.Module):
     """A pipeline's networks, of whose weights `opened` says which may move; all others are the frozen base.
 
     `lora` puts adapters on attention layers, `words` adds new words, `vector` gives each client some numbers; all are
-    parts that may move. A caption that is empty, and every caption of an example that is unconditional, is the empty
-    text.
+    parts that may move. What an example reads that is unconditional, `Captions` says.
 
-    Raises: ConfigError, when the networks have no place for a part, or a new word is not new.
+    With two text encoders the last layer of the first has no say: what opens or adapts it does not move.
+
+    `half` keeps the networks of which nothing is opened in bfloat16; the autoencoder, parts, and what the model is
+    given and predicts stay in float32. `recompute` trades time for memory in training: the
+    U-Net and the text encoders run again, layer by layer, where their gradients are taken.
+
+    Raises: ConfigError, when the networks have no place for a part, a new word is not new, or `half` finds no network
+    of which nothing is opened.
     """
 
     reads_captions = True
@@ -100,13 +107,15 @@ class TextToImage(nn.Module):
         lora: Lora | None = None,
         words: Words | None = None,
         vector: Vector | None = None,
+        half: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.vae, self.text_encoder, self.unet = networks.vae, networks.text_encoder, networks.unet
-        self.tokenizer, self.schedule = networks.tokenizer, schedule
+        self.vae, self.unet, self.schedule = networks.vae, networks.unet, schedule
         self.requires_grad_(False)
-        self.words = None if words is None else NewWords(words, self.tokenizer, _table(self.text_encoder))
-        self._adapters = None if lora is None else Adapters({UNET: self.unet, TEXT: self.text_encoder}, lora)
+        self.captions = Captions(networks.tokenizer, networks.text_encoder, networks.second, words)
+        self._networks = {UNET: self.unet, **self.captions.encoders()}
+        self._adapters = None if lora is None else Adapters(self._networks, lora)
         self.vector, self.part = (
             vector,
             None if vector is None else ClientEmbedding(vector.width, _room(self.unet, vector.place), vector.start),
@@ -115,11 +124,14 @@ class TextToImage(nn.Module):
         self._as_token = vector is not None and vector.place == "token"
         if vector is not None and vector.place == "time":
             self.unet.time_embedding.register_forward_hook(self._add)
-        named = _named(self.unet, self.text_encoder)
+        named = _named(self._networks)
         self._opened = {name: parameter for name, parameter in named.items() if opened(name)}
         self._frozen = {name: parameter for name, parameter in named.items() if name not in self._opened}
         self._began = copies(self._opened)
-        self._told: dict[str, Tensor] = {}
+        self._dtype = self._halved() if half else None
+        if recompute:
+            self.unet.enable_gradient_checkpointing()
+            self.captions.recompute()
         self._live = self._parts()
 
     @property
@@ -158,20 +170,20 @@ class TextToImage(nn.Module):
 
     def condition(self, batch: Batch) -> Told:
         """One caption and, with vectors, one of these per example. They carry gradients where what makes them moves."""
-        captions = batch.captions or ("",) * len(batch)
-        texts = ["" if alone else text for alone, text in zip(batch.unconditional.tolist(), captions, strict=True)]
-        different = list(dict.fromkeys(texts))
-        rows = torch.tensor([different.index(text) for text in texts], device=batch.images.device)
-        text = self._encoded(different)[rows]
-        return Told(text, None if self.part is None else self.part(batch.unconditional, batch.clients))
+        text, *whole = self.captions(batch.captions or ("",) * len(batch), batch.unconditional)
+        vectors = None if self.part is None else self.part(batch.unconditional, batch.clients)
+        return Told(text, whole[0] if whole else None, vectors)
 
     def forward(self, x_t: Float[Tensor, "B c h w"], t: Int64[Tensor, " B"], cond: Told) -> Float[Tensor, "B c h w"]:
-        text = cond.text
+        text = cond.text if self._dtype is None else cond.text.to(self._dtype)
+        x = x_t if self._dtype is None else x_t.to(self._dtype)
         if cond.vectors is not None and self._as_token:
             text = torch.cat([text, cond.vectors[:, None].to(text.dtype)], dim=1)
         self._added = None if self._as_token else cond.vectors
         try:
-            return self.unet(x_t, t, encoder_hidden_states=text).sample
+            _, height, width = self.image_shape
+            also = added(cond.pooled, height, width)
+            return self.unet(x, t, encoder_hidden_states=text, added_cond_kwargs=also).sample.to(x_t.dtype)
         finally:
             self._added = None
 
@@ -181,9 +193,8 @@ class TextToImage(nn.Module):
     def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
         """Opened weights and words as the model began with them; adapters are drawn, and add nothing yet."""
         drawn = self._adapters.initial(rng) if self._adapters is not None else {}
-        told = self.words.initial() if self.words is not None else {}
         own = self.part.initial(rng) if self.part is not None else {}
-        return pick({**self._began, **drawn, **told, **own}, only)
+        return pick({**self._began, **drawn, **self.captions.initial(), **own}, only)
 
     def params(self) -> Arrays:
         return copies(self._live)
@@ -196,7 +207,7 @@ class TextToImage(nn.Module):
 
     def load(self, params: Arrays, num_clients: int = 1) -> None:
         """Adapters take the rank of what is loaded."""
-        self._told.clear()
+        self.captions.forget()
         if self._adapters is None or params.keys() != self._live.keys() or not self._adapters.differ(params):
             load_into(self._live, self.part, params, num_clients)
             return
@@ -218,73 +229,46 @@ class TextToImage(nn.Module):
 
         Raises: ConfigError, for a vector that is a token, and for new words: bare networks have no weights for them.
         """
-        if self.words is not None or self._as_token:
-            what = "new words" if self.words is not None else 'a vector at place "token"'
+        if self.captions.live() or self._as_token:
+            what = "new words" if self.captions.live() else 'a vector at place "token"'
             raise ConfigError(
                 f"a model with {what} cannot be written as a pipeline of its own: its weights have no room for them. "
                 "Export the parts alone, or sample from the run itself"
             )
-        weights = {name: value.detach().clone() for name, value in _named(self.unet, self.text_encoder).items()}
+        weights = {name: value.detach().float().clone() for name, value in _named(self._networks).items()}
         if self._adapters is not None:
             for name, change in self._adapters.changes().items():
                 weights[name] += change
         if self.part is not None:
             alone = torch.zeros(1, dtype=torch.bool, device=self.unet.device)
             weights[f"{UNET}time_embedding.linear_2.bias"] += self.part(alone)[0]
-        unet = UNet2DConditionModel.from_config(self.unet.config)
-        text = CLIPTextModel(self.text_encoder.config)
-        for name, parameter in _named(unet, text).items():
+        bare: dict[str, Any] = {
+            name: type(encoder)(encoder.config) for name, encoder in self.captions.encoders().items()
+        }
+        bare[UNET] = UNet2DConditionModel.from_config(self.unet.config)
+        for name, parameter in _named(bare).items():
             parameter.copy_(weights[name])
-        return Networks(copy.deepcopy(self.vae).cpu(), self.tokenizer, text.eval(), unet.eval())
+        first, *others = self.captions.tokenizers()
+        second = Second(others[0], bare[TEXT_2].eval(), self.captions.zeros_for_empty) if others else None
+        return Networks(copy.deepcopy(self.vae).cpu(), first, bare[TEXT].eval(), bare[UNET].eval(), second)
+
+    def _halved(self) -> torch.dtype:
+        """The type that the U-Net's weights then have."""
+        whole = tuple(front for front in self._networks if not any(name.startswith(front) for name in self._opened))
+        if not whole:
+            raise ConfigError(
+                "half is for weights that do not train, and every network has some that do; freeze the base and train "
+                "parts beside it, or leave it out"
+            )
+        for name, parameter in self._frozen.items():
+            if name.startswith(whole):
+                parameter.data = parameter.data.bfloat16()
+        return torch.bfloat16 if UNET in whole else torch.float32
 
     def _parts(self) -> dict[str, nn.Parameter]:
         adapters = self._adapters.live() if self._adapters is not None else {}
-        words = self.words.live() if self.words is not None else {}
         own = dict(self.part.named_parameters()) if self.part is not None else {}
-        return {**self._opened, **adapters, **words, **own}
-
-    def tokens(self, texts: Sequence[str]) -> Int64[Tensor, "B L"]:
-        """Padded to the text encoder's length.
-
-        Raises: ConfigError, when a text is longer than that: diffusers would cut it with no more than a log line.
-        """
-        length = self.text_encoder.config.max_position_embeddings
-        rows = [self._numbers(text) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > length:
-                raise ConfigError(
-                    f"the caption {text!r} has {len(row)} tokens, of which this model reads {length}; shorten it"
-                )
-        pad = self.tokenizer.pad_token_id
-        return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-
-    def _numbers(self, text: str) -> list[int]:
-        """Of a text's tokens, between the marks of its two ends."""
-        pieces = [text] if self.words is None else self.words.pieces(text)
-        numbers = [self.tokenizer.bos_token_id]
-        for piece in pieces:
-            known = [piece] if isinstance(piece, int) else self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-            numbers += known
-        return [*numbers, self.tokenizer.eos_token_id]
-
-    def _encoded(self, texts: Sequence[str]) -> Tensor:
-        moves = any(name.startswith((TEXT, TOKENS)) and p.requires_grad for name, p in self._live.items())
-        if torch.is_grad_enabled() and moves:
-            self._told.clear()
-            return self._asked(texts, self.text_encoder)
-        if new := [text for text in texts if text not in self._told]:
-            if len(self._told) > REMEMBERED:
-                self._told.clear()
-                new = list(texts)
-            training = self.text_encoder.training
-            with torch.no_grad(), torch.autocast(self.unet.device.type, enabled=False):
-                self._told |= dict(zip(new, self._asked(new, self.text_encoder.eval()), strict=True))
-            self.text_encoder.train(training)
-        return torch.stack([self._told[text] for text in texts])
-
-    def _asked(self, texts: Sequence[str], encoder: CLIPTextModel) -> Tensor:
-        states: Tensor = encoder(self.tokens(texts).to(self.unet.device))[0]
-        return states
+        return {**self._opened, **adapters, **self.captions.live(), **own}
 
     @property
     def _scale(self) -> float:
@@ -296,21 +280,15 @@ def _room(unet: UNet2DConditionModel, place: str) -> int:
     return int(unet.time_embedding.linear_2.out_features if place == "time" else unet.config.cross_attention_dim)
 
 
-def _named(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Parameter]:
-    both = ((UNET, unet), (TEXT, text_encoder))
+def _named(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {
         prefix + (published(bare) if prefix == TEXT else bare): parameter
-        for prefix, network in both
+        for prefix, network in networks.items()
         for name, parameter in network.named_parameters()
         if (bare := without_lora(name)) is not None
     }
 
 
 def published(name: str) -> str:
-    """A text encoder's parameter as published files name it; newer versions of transformers leave the front out."""
+    """A first text encoder's parameter as published files name it; newer versions of transformers shorten it."""
     return name if name.startswith(LEVEL) else LEVEL + name
-
-
-def _table(text_encoder: CLIPTextModel) -> nn.Embedding:
-    """The vectors of all known tokens, wherever this version of transformers keeps them."""
-    return typing.cast("nn.Embedding", text_encoder.get_input_embeddings())

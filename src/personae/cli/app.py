@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 image
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import warnings
@@ -293,7 +294,7 @@ def export(
         print("\n".join(f"wrote {path}" for path in export_parts(saved, client, to, form)))  # type: ignore[arg-type]
         return
     path = saved.export(client, to)
-    kind = "StableDiffusionPipeline" if saved.denoiser.reads_captions else "DDPMPipeline"
+    kind = json.loads((path / "model_index.json").read_text("utf-8"))["_class_name"]
     print(f'wrote {path}; load it with: diffusers.{kind}.from_pretrained("{path}")')
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from personae.core import Arrays, Client, ClientData, Denoiser, Images, stream
+from personae.core import Arrays, Client, ClientData, Denoiser, joined, stream
 from personae.errors import ConfigError, FederationError
 
 POOLED = "pooled"
@@ -125,14 +125,5 @@ class Pooled:
         if name != POOLED:
             return self.members.client(name, when, seed)
         parts = [self.members.data[train] for train in sorted(self.members.train)]
-        data = ClientData(_joined([p.train for p in parts]), _joined([p.heldout for p in parts]))
+        data = ClientData(joined([p.train for p in parts]), joined([p.heldout for p in parts]))
         return Client(POOLED, data, self.members.model, stream(seed, POOLED, when))
-
-
-def _joined(parts: Sequence[Images]) -> Images:
-    labels = [part.labels for part in parts]
-    return Images(
-        torch.cat([part.pixels for part in parts]),
-        None if any(label is None for label in labels) else torch.cat([label for label in labels if label is not None]),
-        tuple(caption for part in parts for caption in part.captions),
-    )

@@ -33,9 +33,12 @@ PATTERNS: Mapping[Targets, Mapping[str, str]] = {
     "self+cross+text": {
         "unet.": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "text_encoder.": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+        "text_encoder_2.": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     },
 }
-"""Which layers, as full-match patterns by the network's prefix: query, key, value and output of attention."""
+"""Which layers, as full-match patterns by the network's prefix: query, key, value and output of attention.
+
+Of a network that a model does not have, such as a second text encoder, none."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Adapters:
 
         self.options = options
         self._layers: dict[str, Any] = {}
-        patterns = PATTERNS[options.targets]
+        patterns = {prefix: each for prefix, each in PATTERNS[options.targets].items() if prefix in networks}
         for prefix, pattern in patterns.items():
             if not any(re.fullmatch(pattern, name) for name, _ in networks[prefix].named_modules()):
                 raise ConfigError(f"lora: {prefix.rstrip('.')} has no layer that targets {options.targets!r} names")
@@ -83,7 +86,7 @@ class Adapters:
             config = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=pattern)
             inject_adapter_in_model(config, networks[prefix], adapter_name=SLOT)
             layers = {name: m for name, m in networks[prefix].named_modules() if isinstance(m, LoraLayer)}
-            front = LEVEL if prefix == "text_encoder." else ""
+            front = LEVEL if prefix != "unet." else ""
             self._layers |= {prefix + front + name.removeprefix(front): layer for name, layer in layers.items()}
         self._resize(dict.fromkeys(self._layers, options.rank))
 

@@ -1,6 +1,7 @@
 """New words of a text encoder, each a few vectors of its own beside the table of known tokens.
 
-A word's vectors are one parameter, "tokens.<word>" [V, D]. They are no part of the table.
+A word's vectors are one parameter, "tokens.<word>" [V, D]. They are no part of the table. Where a model has two text
+encoders, a word has "tokens_2.<word>" [V, D'] beside the second one's table as well.
 
 Letters in shapes: `B` batch, `L` tokens, `V` vectors of a word, `D` width of a token's vector.
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from personae.errors import ConfigError
 
-TOKENS = "tokens."
+TOKENS = ("tokens.", "tokens_2.")
+"""The fronts of words' names, by text encoder."""
 
 
 def is_word(name: str) -> bool:
@@ -46,12 +48,15 @@ class Words:
 class NewWords(nn.Module):
     """The rows of new words, which stand in for a table's rows wherever their numbers appear.
 
-    Numbers from `first` on, the table's length, are new rows, in the order of the words.
+    Numbers from `first` on, the table's length, are new rows, in the order of the words. `front` stands before the
+    words in the names of their parameters.
+
     Raises: ConfigError, when the tokenizer already knows a word as one token, or does not know `start`.
     """
 
-    def __init__(self, options: Words, tokenizer: Any, table: nn.Embedding) -> None:
+    def __init__(self, options: Words, tokenizer: Any, table: nn.Embedding, front: str = TOKENS[0]) -> None:
         super().__init__()
+        self._front = front
         self.options, self.first, self._table = options, table.num_embeddings, [table]
         known = set(tokenizer.get_vocab())
         for word in options.words:
@@ -73,7 +78,7 @@ class NewWords(nn.Module):
         table.register_forward_hook(self._put)
 
     def live(self) -> dict[str, nn.Parameter]:
-        return {TOKENS + word: row for word, row in zip(self.options.words, self.rows, strict=True)}
+        return {self._front + word: row for word, row in zip(self.options.words, self.rows, strict=True)}
 
     def initial(self) -> dict[str, Tensor]:
         """The vector of the word to start from; nothing is drawn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -140,28 +140,38 @@ def relabelled(source: Source, label_names: Sequence[str]) -> Images:
     return Images(images.pixels, places[images.labels], images.captions)
 
 
+ARGUMENTS = {
+    "size": ("size",),
+    "num_images": ("n", "shots"),
+    "path": ("root",),
+    "styles": ("styles",),
+    "names": ("names",),
+    "told": ("told",),
+    "style": ("style",),
+    "person": ("person",),
+}
+"""What the functions of data sets call the keys of [data]."""
+
+
+def _is_needed(parameter: Parameter | None) -> bool:
+    return parameter is not None and parameter.default is Parameter.empty
+
+
 def _source(data: Data) -> Source:
     if data.source == "folder":
         return image_folder(
             Path(str(data.path)), size=int(data.size or 0), channels=data.channels, on_unreadable=data.on_unreadable
         )
     load = SOURCES[data.source]
-    given = {
-        "size": ("size", data.size),
-        "n": ("num_images", data.num_images),
-        "shots": ("num_images", data.num_images),
-        "root": ("path", data.path),
-        "styles": ("styles", data.styles),
-        "names": ("names", data.names),
-        "style": ("style", data.style),
-        "person": ("person", data.person),
-    }
-    options = {argument: value for argument, (_, value) in given.items() if value is not None}
-    if unfit := [given[argument][0] for argument in options if argument not in signature(load).parameters]:
+    taken = signature(load).parameters
+    given = {name: value for name in ARGUMENTS if (value := getattr(data, name)) is not None}
+    arguments = {name: next((a for a in ARGUMENTS[name] if a in taken), "") for name in ARGUMENTS}
+    if unfit := [name for name in given if not arguments[name]]:
         raise ConfigError(f"source {data.source!r} does not take data.{' or data.'.join(unfit)}; leave it out")
-    needed = [name for name, parameter in signature(load).parameters.items() if parameter.default is parameter.empty]
-    if lacking := [given[name][0] for name in needed if name not in options]:
-        raise ConfigError(f"source {data.source!r} needs data.{' and data.'.join(lacking)}")
+    needed = [name for name in ARGUMENTS if name not in given and _is_needed(taken.get(arguments[name]))]
+    if needed:
+        raise ConfigError(f"source {data.source!r} needs data.{' and data.'.join(needed)}")
+    options = {arguments[name]: value for name, value in given.items()}
     return load(**options)
 
 

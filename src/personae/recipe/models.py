@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ def write_pipeline(model: Model, folder: Path) -> None:
 
 
 def _fresh(backbone: Backbone, image_shape: tuple[int, ...]) -> UNetDenoiser:
+    _refuse(backbone, SAVINGS, f"preset {backbone.preset!r} is none")
     channels, _, size = image_shape
     embedding = backbone.embedding
     return unet.preset(
@@ -87,6 +89,15 @@ def _fresh(backbone: Backbone, image_shape: tuple[int, ...]) -> UNetDenoiser:
     )
 
 
+SAVINGS = ("half", "recompute")
+
+
+def _refuse(backbone: Backbone, keys: Sequence[str], why: str) -> None:
+    """Raises: ConfigError, when one of these is set."""
+    if named := [key for key in keys if getattr(backbone, key)]:
+        raise ConfigError(f"backbone.{named[0]} is for text-to-image pipelines, and {why}; leave it out")
+
+
 def _opened(backbone: Backbone, folder: Path) -> Model:
     embedding = backbone.embedding
     if is_text_to_image(folder):
@@ -95,11 +106,16 @@ def _opened(backbone: Backbone, folder: Path) -> Model:
 
         vector = None if embedding is None else Vector(embedding.width, embedding.place, embedding.start)  # type: ignore[arg-type]  # it checks the place
         opened = nothing if backbone.frozen else everything
-        return open_pipeline(folder, opened, lora=backbone.lora, words=backbone.words, vector=vector)
-    if named := [part for part in ("frozen", "lora", "words") if getattr(backbone, part)]:
-        raise ConfigError(
-            f"backbone.{named[0]} is for text-to-image pipelines, and {folder} has no text_encoder; leave it out"
+        return open_pipeline(
+            folder,
+            opened,
+            lora=backbone.lora,
+            words=backbone.words,
+            vector=vector,
+            half=backbone.half,
+            recompute=backbone.recompute,
         )
+    _refuse(backbone, ("frozen", "lora", "words", *SAVINGS), f"{folder} has no text_encoder")
     return unet.open_folder(
         folder,
         embedding_width=None if embedding is None else embedding.width,

@@ -41,8 +41,8 @@ class Data:
 
     `heldout` is the share of each client's images that is only measured on, `heldout_new` that of a new client's where
     it is another one. `pooled` trains on everybody's images in one place, as a reference. `caption` is said of images
-    that come without one, for models that read captions. `styles` and `names` are for "emoji" and "scenes", `style` and
-    `person` for "identity".
+    that come without one, for models that read captions. `styles` and `names` are for "emoji" and "scenes", `told` for
+    "emoji" alone, `style` and `person` for "identity".
     """
 
     source: Literal["digits", "mnist5k", "fashion", "faces", "emoji", "scenes", "identity", "clients", "folder"]
@@ -60,6 +60,7 @@ class Data:
     caption: str | None = None
     styles: tuple[str, ...] | None = None
     names: Literal["seen", "held_out", "all"] | None = None
+    told: bool | None = None
     style: str | None = None
     person: int | None = None
 
@@ -79,7 +80,7 @@ class Backbone:
 
     A folder may be a text-to-image pipeline of Stable Diffusion's kind. `frozen` keeps all its weights as they are, so
     that only the parts beside them train: `lora`, `words`, and the embedding, which there may enter at "time" or
-    "token".
+    "token". `half` and `recompute` save memory, as TextToImage says.
     """
 
     preset: Literal["tiny", "tiny_attention", "small", "paper"] | None = None
@@ -92,6 +93,8 @@ class Backbone:
     frozen: bool = False
     lora: Lora | None = None
     words: Words | None = None
+    half: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from personae.artefact.save import load_state
-from personae.core import ClientData, Images, Training, stream
+from personae.core import ClientData, Images, Training, joined, stream
 from personae.engine.together import personalize_many
 from personae.errors import ConfigError
 from personae.evaluate.grids import save_grid
@@ -120,7 +120,7 @@ class Embeddings:
 
         Fewer than `num_images`, where a class has too few.
         """
-        pool = _joined([part for name in bench.clients.new for part in _parts(bench.clients.data[name])])
+        pool = joined([part for name in bench.clients.new for part in _parts(bench.clients.data[name])])
         order = torch.randperm(len(pool), generator=stream(bench.recipe.seed, "halves"))
         pool = pool[order[number % 2 :: 2]]  # even and odd numbers share no image
         assert pool.labels is not None, "a bench has labels"
@@ -201,8 +201,3 @@ def _trained_vectors(bench: Bench, folder: Path) -> dict[str, Tensor]:
 
 def _parts(data: ClientData) -> tuple[Images, Images]:
     return data.train, data.heldout
-
-
-def _joined(parts: Sequence[Images]) -> Images:
-    labels = [part.labels for part in parts if part.labels is not None]
-    return Images(torch.cat([part.pixels for part in parts]), torch.cat(labels))

@@ -25,7 +25,7 @@ from personae.backbone.pipeline import SIZES, fresh, save_pipeline
 from personae.backbone.schedule import schedule
 from personae.backbone.text2image import TextToImage
 from personae.backbone.vocabulary import read_tokenizer, write_tokenizer
-from personae.core import Arrays, Client, ClientData, Images, State, Training, everything, stream
+from personae.core import Arrays, Client, ClientData, Images, State, Training, everything, joined, stream
 from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scenes, vocabulary
 from personae.errors import ConfigError
 from personae.evaluate.charts import COLOURS, chart, logarithmic
@@ -210,9 +210,7 @@ class Pretraining:
 @lru_cache(maxsize=1)
 def _pictures(num_scenes: int, copies: int, seed: int) -> Images:
     things = [emoji(seed=seed + number).images for number in range(copies)]
-    parts = [*things, scenes(num_scenes, seed).images]
-    captions = tuple(text for part in parts for text in part.captions)
-    return Images(torch.cat([part.pixels for part in parts]), captions=captions)
+    return joined([*things, scenes(num_scenes, seed).images])
 
 
 def _told(seed: int) -> list[str]:

