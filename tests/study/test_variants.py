@@ -54,6 +54,16 @@ def test_unfinished():
     assert STUDY.answer([]).tables == ()
     answer = STUDY.answer(rows(STUDY)[:1])
     assert [row[:2] for row in answer.tables[0].rows] == [["128", 1]]
+    assert [chart.name for chart in answer.charts] == ["heldout_loss", "histogram_distance"]
+
+
+def test_differences_are_drawn_beside_what_they_are_between():
+    names = [chart.name for chart in STUDY.answer(rows(STUDY)).charts]
+    assert names == [
+        f"{figure}{end}" for figure in ("heldout_loss", "histogram_distance") for end in ("", "_difference")
+    ]
+    drawing = str(STUDY.answer(rows(STUDY)).charts[1].drawing)
+    assert "held-out loss against 128" in drawing
 
 
 @pytest.mark.parametrize("variants", [(), (Variant("a"),), (Variant("a"), Variant("a"))])

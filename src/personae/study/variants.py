@@ -22,6 +22,7 @@ from personae.study.stats import Interval, interval, paired, unpaired
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 
 ROLES = {"train": "training clients", "new": "new clients"}
+TONES = {"train": "real", "new": "after"}
 FIGURES = {"heldout_loss": "held-out loss", "histogram_distance": "histogram distance"}
 KEPT = (*FIGURES, "heldout_loss_before", "histogram_distance_before", "kid", "copy_ratio", "role", "trained_parameters")
 
@@ -98,7 +99,8 @@ class Variants:
             findings = [f"{self.question}: no difference that can be told from {', '.join(names)}."]
         columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in self.roles for what in FIGURES.values()))
         note = f"Means over clients and seeds. Recipe: {self.recipe}."
-        charts = [self._chart(found, names, figure) for figure in FIGURES]
+        kinds = (self._chart, self._differences) if len(names) > 1 else (self._chart,)
+        charts = [draw(found, names, figure) for figure in FIGURES for draw in kinds]
         sizes = [
             {"variant": row["variant"], "trained": _trained_by_new(row), "parameters": row["parameters"]}
             for row in where(found, seed=found[0]["seed"])
@@ -118,11 +120,10 @@ class Variants:
         return unpaired(list(ours.values()), list(theirs.values()))
 
     def _chart(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
-        shown = sorted(names, key=float) if all(name.isdecimal() for name in names) else names
+        shown = _in_order(names)
 
         def draw(axes: Axes) -> None:
-            tones = {"train": "real", "new": "after"}
-            for offset, (role, tone) in enumerate((role, tones[role]) for role in self.roles):
+            for offset, (role, tone) in enumerate((role, TONES[role]) for role in self.roles):
                 for at, name in enumerate(shown):
                     values = list(_values(found, name, role, figure).values())
                     if not values:
@@ -138,12 +139,36 @@ class Variants:
             axes.legend(loc="best")
 
         drawing = chart(figure, max(4.2, 1.15 * len(names) + 1), 3.3, draw, f"{FIGURES[figure]} by variant")
-        return Chart(
-            figure,
-            drawing,
-            f"Small dots are clients, large ones means with their 95 % interval over clients. The others are compared "
-            f"with {names[0]}.",
-        )
+        return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
+
+    def _differences(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
+        """What the findings say: each variant minus the first one."""
+        shown = [name for name in _in_order(names) if name != names[0]]
+
+        def draw(axes: Axes) -> None:
+            axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
+            for offset, role in enumerate(self.roles):
+                tone = COLOURS[TONES[role]]
+                for at, name in enumerate(shown):
+                    if difference := self._difference(found, name, role, figure):
+                        place = at + (offset - 0.5) * 0.24
+                        axes.plot([place, place], [difference.low, difference.high], color=tone, linewidth=2.2)
+                        axes.plot(place, difference.mean, "o", color=tone, markersize=6)
+                axes.plot([], [], "o", color=tone, label=ROLES[role])
+            axes.set_xticks(range(len(shown)), shown)
+            axes.grid(visible=False, axis="x")
+            title = f"{FIGURES[figure].capitalize()}, minus that with {names[0]}"
+            axes.set(title=title, xlabel=self.question, xlim=(-0.6, len(shown) - 0.4))
+            axes.legend(loc="best")
+
+        name = f"{figure}_difference"
+        drawing = chart(name, max(4.2, 1.15 * len(shown) + 1), 3.3, draw, f"{FIGURES[figure]} against {names[0]}")
+        return Chart(name, drawing, "Means with their 95 % interval; below zero is better than the first variant.")
+
+
+def _in_order(names: Sequence[str]) -> Sequence[str]:
+    """Numbers by size, others as the recipe has them."""
+    return sorted(names, key=float) if all(name.isdecimal() for name in names) else names
 
 
 def _trained_by_new(row: Row) -> int | None:
