@@ -156,7 +156,7 @@ def test_a_stopped_personalization_that_saves_memory_ends_in_the_same_bits(xl, p
 
 @pytest.mark.parametrize("key", ["half", "recompute"])
 def test_what_saves_memory_is_for_text_to_image_pipelines(key, tiny, tiny_run, tmp_path):
-    with pytest.raises(ConfigError, match=f"backbone.{key} is for text-to-image pipelines, and preset 'tiny' is none"):
+    with pytest.raises(ConfigError, match=f"backbone.{key}: needs backbone.folder, a text-to-image"):
         run("quickstart", tmp_path / "run", overrides=[*tiny, f"backbone.{key}=true"])
     folder = open_run(tiny_run.folder).export("c4", tmp_path / "unet")
     with pytest.raises(ConfigError, match=f"backbone.{key} is for text-to-image pipelines, and .* has no text_encoder"):

@@ -74,7 +74,6 @@ def write_pipeline(model: Model, folder: Path) -> None:
 
 
 def _fresh(backbone: Backbone, image_shape: tuple[int, ...]) -> UNetDenoiser:
-    _refuse(backbone, SAVINGS, f"preset {backbone.preset!r} is none")
     channels, _, size = image_shape
     embedding = backbone.embedding
     return unet.preset(
