@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from personae.backbone.captions import TEXT
@@ -315,3 +315,76 @@ def test_fresh_networks_come_from_their_generator(tokenizer):
     assert total < 10e6, "20 MB in half precision"
     with pytest.raises(ConfigError, match=f"expected one of {', '.join(SIZES)}"):
         fresh("huge", tokenizer, stream(0))
+
+
+# --- folders as people have them --------------------------------------------------------------------------------------
+
+
+def changed(folder, component, **values):
+    path = folder / component
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def test_a_folder_of_half_precision_alone_opens(make, folder):
+    for name in ("unet", "vae"):
+        path = folder / name / "diffusion_pytorch_model.safetensors"
+        path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    path = folder / "text_encoder" / "model.safetensors"
+    path.rename(path.with_name("model.fp16.safetensors"))
+    assert all(torch.equal(value, open_pipeline(folder).base()[name]) for name, value in make(nothing).base().items())
+
+
+def test_a_folder_without_safetensors_says_how_to_get_some(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(
+        ArtefactError, match="holds no weights in safetensors; save the pipeline again with safe_serial"
+    ):
+        open_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "values", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "no discrete betas"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "scheduler_config.json cannot be read"),
+        ("unet/config.json", {"sample_size": None}, "has no sample_size; set it"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(folder, component, values, message):
+    changed(folder, component, **values)
+    with pytest.raises(ArtefactError, match=message):
+        open_pipeline(folder)
+
+
+def test_a_model_for_inpainting_is_refused(make, folder):
+    config = {**make(nothing).unet.config, "in_channels": 9}
+    config.pop("_use_default_values", None)  # diffusers would take its own number for a key that stands there
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(ArtefactError, match=r"takes 9 channels and gives 4, the vae's latents have 4.*inpainting"):
+        open_pipeline(folder)
+
+
+def test_no_path_of_the_disk_leaves_with_an_export(folder, tmp_path):
+    save_pipeline(open_pipeline(folder, lora=Lora(2)), tmp_path / "out")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files and not any(str(tmp_path).encode() in path.read_bytes() for path in files)
+
+
+def test_new_adapters_have_the_rank_that_was_asked_for_whatever_was_loaded(make):
+    model, wide = make(nothing, lora=Lora(2)), make(nothing, lora=Lora(5))
+    expected = model.initial(stream(1))
+    model.load(wide.initial(stream(2)))
+    again = model.initial(stream(1))
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+    model.load(again)
+
+
+def test_a_vector_in_the_weights_is_in_both_halves_of_guidance(make, tmp_path):
+    """So that a pipeline draws as the run does without guidance only, which the guide says."""
+    model = make(nothing, vector=Vector(32))
+    model.load({**model.initial(stream(1)), "embedding.weight": 3 * torch.randn(1, 32, generator=stream(2))})
+    save_pipeline(model, tmp_path / "pipeline")
+    opened = open_pipeline(tmp_path / "pipeline")
+    for guidance, same in ((1.0, True), (3.0, False)):
+        drawn = [sample(m, 1, stream(0), steps=2, guidance=guidance, captions=["a dog"]) for m in (model, opened)]
+        assert torch.allclose(*drawn, atol=1e-4) == same

@@ -213,9 +213,49 @@ def test_what_was_trained_is_written_as_a_pipeline(model, pictures, tmp_path):
     assert torch.allclose(drawn[0], drawn[1], atol=1e-5) and not torch.allclose(drawn[0], drawn[2], atol=1e-4)
 
 
+def test_who_comes_later_trains_as_much(model, pictures):
+    recipe = personal_recipe(model, pictures, "lora", "dog", overrides=["method.training.lr=0.5", "rounds=3"])
+    assert (recipe.method.adapt.lr, recipe.method.adapt.steps) == (0.5, 2)  # steps are said in LITTLE
+    plain = personal.personal_recipe(model, pictures, "lora", "dog", overrides=["method.training.steps=7", "rounds=3"])
+    assert plain.method.adapt.steps == 21
+
+
+def test_a_vector_is_as_wide_as_its_place(model, pictures):
+    wide = [personal_recipe(model, pictures, "embedding", "dog", overrides=o).backbone.embedding.width
+            for o in ([], ["backbone.embedding.place=token"], ["backbone.embedding.width=5"])]  # fmt: skip
+    assert wide == [32, 16, 5]
+
+
+def test_a_caption_that_is_too_long_is_refused_before_there_is_a_folder(model, pictures, tmp_path):
+    recipe = personal_recipe(model, pictures, "lora", "dog", overrides=[f"data.caption={'a dog ' * 9}"])
+    with pytest.raises(ConfigError, match=r"client 'own': the caption .* tokens, of which this model reads 12"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_somebody_later_must_say_the_word_too(rex, pictures, copy_of, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in pictures.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    lines = [{"file_name": path.name, "text": "a cat"} for path in folder.glob("*.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    with pytest.raises(ConfigError, match="no caption of client 'tom' says <rex>"):
+        open_run(copy_of(rex)).personalize("tom", folder)
+
+
+def test_steps_and_guidance_may_be_others_than_the_runs(rex):
+    saved = open_run(rex.folder)
+    own = saved.sample("rex", 1, prompt="a dog")
+    assert torch.equal(own, saved.sample("rex", 1, prompt="a dog", steps=2, guidance=3.0))
+    assert not torch.equal(own, saved.sample("rex", 1, prompt="a dog", guidance=8.0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"noun": " "}, "noun is empty"),
+        ({"overrides": ["data.name=x"]}, "leave out data.source, name and partition"),
         ({"method": "dreambooth"}, "method is 'dreambooth'; expected one of lora, tokens"),
         ({"overrides": ["backbone.lora.rank=0"]}, "rank is 0"),
         ({"overrides": ["method.training.lr=0.0"]}, "lr is 0.0, expected above 0"),

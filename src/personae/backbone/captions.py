@@ -114,6 +114,11 @@ class Captions(nn.Module):
             found = [value.masked_fill(unconditional.view(-1, *[1] * (value.dim() - 1)), 0) for value in found]
         return found
 
+    def check(self, captions: Sequence[str]) -> None:
+        """Raises: ConfigError, when a caption is longer than the encoders read."""
+        for reader in self._all():
+            reader.tokens(captions)
+
     def encoders(self) -> dict[str, nn.Module]:
         """By the front of their parameters' names."""
         return {front: reader.encoder for front, reader in zip((TEXT, TEXT_2), self._all(), strict=False)}

@@ -218,6 +218,16 @@ def _check(networks: Networks, folder: Path) -> None:
         )
     if len({config.max_position_embeddings for *_, config in readers}) > 1:
         raise ArtefactError(f"{folder}: its two text encoders read texts of different lengths")
+    if unet.sample_size is None:
+        raise ArtefactError(
+            f"{folder / 'unet' / 'config.json'} has no sample_size; set it, 64 for pictures of 512 pixels"
+        )
+    channels = (unet.in_channels, unet.out_channels, networks.vae.config.latent_channels)
+    if len(set(channels)) > 1:
+        raise ArtefactError(
+            f"{folder}: the U-Net takes {channels[0]} channels and gives {channels[1]}, the vae's latents have "
+            f"{channels[2]}; expected one number. Is it for inpainting, or for editing pictures?"
+        )
     if networks.vae.config.latents_mean is not None or networks.vae.config.latents_std is not None:
         raise ConfigError(f"the vae in {folder} has latents_mean and latents_std, which are not supported yet")
     dropouts = [("unet", unet.dropout), ("text_encoder", readers[0][2].attention_dropout)]
@@ -248,10 +258,17 @@ def quiet() -> Iterator[None]:
 
 
 def _weights(kind: Any, folder: Path) -> Any:
+    """Also of a folder that holds nothing but half precision, in files "*.fp16.safetensors"."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    variant = {"variant": "fp16"} if names and all(".fp16." in name or "-fp16" in name for name in names) else {}
+    if not names:
+        raise ArtefactError(
+            f"{folder} holds no weights in safetensors; save the pipeline again with safe_serialization=True"
+        )
     try:
         with quiet():
             model, found = kind.from_pretrained(
-                str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+                str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **variant
             )
     except Exception as error:  # each of the libraries below has kinds of its own for a damaged file
         raise ArtefactError(f"{folder} cannot be read as {kind.__name__}: {error}") from error

@@ -93,13 +93,34 @@ def schedule(
     )
 
 
+DISCRETE = tuple(
+    f"{name}Scheduler"
+    for name in (
+        *("DDPM", "DDIM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LCM"),
+        *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
+        *("DEISMultistep", "UniPCMultistep", "SASolver", "TCD", "DDIMInverse", "DDIMParallel", "DDPMParallel"),
+    )
+)
+"""Schedulers of diffusers whose files tell the betas that DDPM trains with. Others' would be read as linear ones."""
+
+
 def load_schedule(folder: Path) -> Schedule:
     """Read `scheduler_config.json` from a folder that diffusers saved.
 
-    Raises: ArtefactError, when there is none.
+    Raises: ArtefactError, when there is none, or it is of a scheduler without DDPM's discrete schedule.
     """
     if not (folder / "scheduler_config.json").is_file():
         raise ArtefactError(
             f"no scheduler_config.json in {folder}; save the scheduler beside the model: scheduler.save_pretrained(...)"
         )
-    return from_scheduler(DDPMScheduler.from_pretrained(folder))
+    try:
+        config = DDPMScheduler.load_config(folder)
+        kind = str(config.get("_class_name"))
+        if kind not in DISCRETE or not {"beta_schedule", "trained_betas"} & config.keys():
+            raise ArtefactError(
+                f"{folder / 'scheduler_config.json'} is of {kind}, with no discrete betas; expected "
+                "a DDPM, DDIM, PNDM, Euler, DPM-Solver or like one; save the model with the one that it was trained for"
+            )
+        return from_scheduler(DDPMScheduler.from_config(config))
+    except (OSError, NotImplementedError, TypeError) as error:
+        raise ArtefactError(f"{folder / 'scheduler_config.json'} cannot be read: {error}") from error

@@ -34,8 +34,8 @@ from personae.personal.tokens import Words
 
 UNET = "unet."
 
-ENCODED_AT_ONCE = 64
-"""Pictures, so that a folder of many does not ask for memory for all."""
+PIXELS_AT_ONCE = 2**18
+"""Through the autoencoder: 256 pictures of 32 x 32, one of 512 x 512. More would want gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,9 @@ class TextToImage(nn.Module):
         self.captions = Captions(networks.tokenizer, networks.text_encoder, networks.second, words)
         self._networks = {UNET: self.unet, **self.captions.encoders()}
         self._adapters = None if lora is None else Adapters(self._networks, lora)
-        self.vector, self.part = (
-            vector,
-            None if vector is None else ClientEmbedding(vector.width, _room(self.unet, vector.place), vector.start),
-        )
+        self.part: ClientEmbedding | None = None
+        if vector is not None:
+            self.part = ClientEmbedding(vector.width, _room(self.unet, vector.place), vector.start)
         self._added: Tensor | None = None
         self._as_token = vector is not None and vector.place == "token"
         if vector is not None and vector.place == "time":
@@ -160,12 +159,12 @@ class TextToImage(nn.Module):
                 f"images are {list(images.shape[1:])}, expected {list(self.image_shape)} or latents "
                 f"{list(self.sample_shape)}"
             )
-        parts = [self.vae.encode(part).latent_dist.mean for part in images.split(ENCODED_AT_ONCE)]
+        parts = [self.vae.encode(part).latent_dist.mean for part in images.split(self._at_once)]
         return torch.cat(parts) * self._scale
 
     @torch.no_grad()
     def decode(self, x_0: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
-        parts = [self.vae.decode(part).sample for part in (x_0 / self._scale).split(ENCODED_AT_ONCE)]
+        parts = [self.vae.decode(part).sample for part in (x_0 / self._scale).split(self._at_once)]
         return torch.cat(parts)
 
     def condition(self, batch: Batch) -> Told:
@@ -225,7 +224,10 @@ class TextToImage(nn.Module):
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])  # networks are made, and then overwritten
     def folded(self) -> Networks:
-        """Bare copies, on the CPU, that draw the same: adapters and the client's vector are put into the weights.
+        """Bare copies, on the CPU: adapters and the client's vector are put into the weights.
+
+        With adapters they draw the same. With a vector, the same without guidance: here the unconditional half of
+        guidance sees the null vector, and a bare U-Net has the client's in both halves.
 
         Raises: ConfigError, for a vector that is a token, and for new words: bare networks have no weights for them.
         """
@@ -248,9 +250,14 @@ class TextToImage(nn.Module):
         bare[UNET] = UNet2DConditionModel.from_config(self.unet.config)
         for name, parameter in _named(bare).items():
             parameter.copy_(weights[name])
+        vae = copy.deepcopy(self.vae).cpu()
+        for network in (vae, bare[UNET]):
+            network.register_to_config(_name_or_path="")  # a folder on the client's disk
+        for encoder in (bare[name] for name in self.captions.encoders()):
+            encoder.config._name_or_path = ""
         first, *others = self.captions.tokenizers()
         second = Second(others[0], bare[TEXT_2].eval(), self.captions.zeros_for_empty) if others else None
-        return Networks(copy.deepcopy(self.vae).cpu(), first, bare[TEXT].eval(), bare[UNET].eval(), second)
+        return Networks(vae, first, bare[TEXT].eval(), bare[UNET].eval(), second)
 
     def _halved(self) -> torch.dtype:
         """The type that the U-Net's weights then have."""
@@ -269,6 +276,11 @@ class TextToImage(nn.Module):
         adapters = self._adapters.live() if self._adapters is not None else {}
         own = dict(self.part.named_parameters()) if self.part is not None else {}
         return {**self._opened, **adapters, **self.captions.live(), **own}
+
+    @property
+    def _at_once(self) -> int:
+        _, height, width = self.image_shape
+        return max(1, PIXELS_AT_ONCE // (height * width))
 
     @property
     def _scale(self) -> float:

@@ -215,8 +215,9 @@ def sample(
         Path | None, typer.Option(help="A new folder for them; RUN/samples/<client>-<seed> when left out.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
-    steps: Annotated[int, typer.Option(help="Of a pipeline: DPM-Solver++ steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Of a pipeline: how far to follow the prompt.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps; the run's, or 25.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How far to follow; the run's, or 3.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where; the run's, or cpu.")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
@@ -233,12 +234,14 @@ def sample(
     if not plain and client is None:
         raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
     folder = out or run / "samples" / f"{client}-{seed}"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
     if plain:
-        images = draw_from_pipeline(run, str(prompt), num_images, seed=seed, steps=steps, guidance=guidance)
+        images = draw_from_pipeline(run, str(prompt), num_images, seed, steps or 25, guidance or 3.0, device or "cpu")
     else:
-        images = open_run(run).sample(str(client), num_images, seed=seed, prompt=prompt)
+        images = open_run(run, device).sample(
+            str(client), num_images, seed=seed, prompt=prompt, steps=steps, guidance=guidance
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         save_grid(folder / f"{number:04d}.png", image[None], columns=1, scale=1)
@@ -296,6 +299,8 @@ def export(
     path = saved.export(client, to)
     kind = json.loads((path / "model_index.json").read_text("utf-8"))["_class_name"]
     print(f'wrote {path}; load it with: diffusers.{kind}.from_pretrained("{path}")')
+    if saved.denoiser.reads_captions and saved.recipe.backbone.embedding is not None:
+        print("the vector is in its weights, and so in both halves of guidance: it draws as here at guidance 1 only")
 
 
 @app.command("import")

@@ -99,13 +99,14 @@ class Adapters:
         return dict(pairs)
 
     def initial(self, rng: torch.Generator) -> dict[str, Tensor]:
-        """A from N(0, 1 / R), B zero: the model starts as it is without them."""
-        return {
-            name: torch.randn(value.shape, generator=rng) / len(value) ** 0.5
-            if name.endswith(A)
-            else torch.zeros(value.shape)
-            for name, value in self.live().items()
-        }
+        """A from N(0, 1 / R), B zero: the model starts as it is without them. R is the options', whatever is loaded."""
+        values: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            out_width, in_width = layer.get_base_layer().weight.shape
+            rank = self.options.rank
+            values[name + A] = torch.randn(rank, in_width, generator=rng) / rank**0.5
+            values[name + B] = torch.zeros(out_width, rank)
+        return values
 
     def changes(self) -> dict[str, Tensor]:
         """scale * B A by the name of the weight that it is added to."""

@@ -88,7 +88,6 @@ def build_clients(recipe: Recipe) -> Clients:
     _check_attackers(recipe, train)
     shares = dict.fromkeys(train, data.heldout) | dict.fromkeys(new, data.heldout_new or data.heldout)
     parts = {name: split_client(name, said(images[name], data), shares[name], seed) for name in images}
-    _check_words(recipe, parts)
     return Clients(parts, train, new, label_names, spare)
 
 
@@ -110,17 +109,6 @@ def _check_attackers(recipe: Recipe, train: Sequence[str]) -> None:
         if isinstance(method, Poisoned) and (lost := sorted(set(method.clients) - set(train))):
             raise ConfigError(f"wrap.poisoned.clients: {', '.join(lost)} do not train; who does: {', '.join(train)}")
         method = getattr(method, "method", None)
-
-
-def _check_words(recipe: Recipe, parts: Mapping[str, ClientData]) -> None:
-    """Of a new word that nobody says nothing would be learned."""
-    words = recipe.backbone.words.words if recipe.backbone.words is not None else ()
-    for name, data in parts.items():
-        if words and not any(word in text.lower() for text in data.train.captions for word in words):
-            raise ConfigError(
-                f"no caption of client {name!r} says {' or '.join(words)}, so that it would not train; set "
-                "data.caption, or write it into the metadata.jsonl beside the images"
-            )
 
 
 def split_client(name: str, images: Images, heldout: float, seed: int) -> ClientData:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from personae.artefact.formats import Form, Parts
+from personae.artefact.formats import FORMS, Form, Parts
 from personae.artefact.formats import export_parts as write_parts
 from personae.artefact.formats_read import Matched, import_parts
 from personae.core import Arrays, Client, ClientData, Images, State, pick, stream
@@ -22,6 +22,8 @@ def export_parts(run: SavedRun, client: str, to: str | Path, form: Form) -> list
 
     Raises: ConfigError, when the client has none, or the form is unknown; ArtefactError, when the folder exists.
     """
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     words = form.startswith("textual_inversion")
     params, backbone = pick(run.personal(client), is_word if words else is_lora), run.recipe.backbone
     if not params:
@@ -53,8 +55,8 @@ def _scaled(parts: Parts, lora: Lora | None) -> Arrays:
     alpha = None if lora is None else lora.alpha
     if parts.alpha == alpha:
         return parts.params
-    return {
-        name: value * ((parts.alpha or rank) / (alpha or rank)) if name.endswith(B) else value
-        for name, value in parts.params.items()
-        if (rank := value.shape[-1])
-    }
+    scaled = dict(parts.params)
+    for name in (name for name in scaled if name.endswith(B)):
+        rank = scaled[name].shape[1]
+        scaled[name] = scaled[name] * ((parts.alpha or rank) / (alpha or rank))
+    return scaled

@@ -18,7 +18,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.measure import Reference, histogram_figure, label_counts, measure
 from personae.infer.sample import sample_together, to_bytes
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
-from personae.recipe.models import Model
+from personae.recipe.models import Model, rows_at_once
 from personae.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def drawn(
         guidance=options.guidance,
         unconditional=unconditional,
         captions=captions,
+        batch_size=rows_at_once(model),
     )
     return to_bytes(images)
 
@@ -88,6 +89,7 @@ def measure_client(run: SavedRun, name: str, role: str, data: ClientData) -> dic
             draws=evaluation.loss_draws,
             seed=seed,
             unconditional=unconditional,
+            batch_size=rows_at_once(model),
         )
         return {"drawn": pictures, "counts": counts, "loss": loss, "distance": histogram_figure(counts, real)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from personae.backbone import unet
 from personae.backbone.schedule import schedule
 from personae.backbone.unet import UNetDenoiser
-from personae.core import everything, nothing, stream
+from personae.core import ClientData, everything, nothing, stream
 from personae.errors import ConfigError
 from personae.infer.sample import sample, to_bytes
 from personae.recipe.schema import Backbone, Recipe
@@ -38,14 +38,20 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, ...]) -> Model:
             f"the backbone in {backbone.folder} draws {list(model.image_shape)}, the images are "
             f"{list(image_shape)} (channels, height, width); set data.size and data.channels"
         )
+    return _at(model, recipe.machine.device)
+
+
+def _at(model: Model, device: str) -> Model:
     try:
-        return model.to(recipe.machine.device)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, for a bad name and for what is not there
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"machine.device {recipe.machine.device!r} cannot be used here: {reason}") from error
+        raise ConfigError(f"machine.device {device!r} cannot be used here: {reason}") from error
 
 
-def draw_from_pipeline(folder: Path, prompt: str, num_images: int, *, seed: int, steps: int, guidance: float) -> Tensor:
+def draw_from_pipeline(
+    folder: Path, prompt: str, num_images: int, seed: int, steps: int, guidance: float, device: str
+) -> Tensor:
     """What a text-to-image pipeline draws by itself.
 
     Shapes: uint8 [num_images, C, H, W].
@@ -53,11 +59,41 @@ def draw_from_pipeline(folder: Path, prompt: str, num_images: int, *, seed: int,
     """
     from personae.backbone.pipeline import open_pipeline
 
-    model, said = open_pipeline(folder), (prompt,) * num_images
-    rng = stream(seed, "sample", prompt)
-    return to_bytes(
-        sample(model, num_images, rng, sampler="dpmsolver++", steps=steps, guidance=guidance, captions=said)
+    model = _at(open_pipeline(folder), device)
+    images = sample(
+        model,
+        num_images,
+        stream(seed, "sample", prompt),
+        sampler="dpmsolver++",
+        steps=steps,
+        guidance=guidance,
+        captions=(prompt,) * num_images,
+        batch_size=rows_at_once(model),
     )
+    return to_bytes(images)
+
+
+def check_captions(recipe: Recipe, model: Model, name: str, data: ClientData) -> None:
+    """Before anything trains. Raises: ConfigError, when a client's captions never say a new word, from which nothing
+    would be learned, or one is longer than the model reads."""
+    if isinstance(model, UNetDenoiser):
+        return
+    words = recipe.backbone.words.words if recipe.backbone.words is not None else ()
+    if words and not any(word in text.lower() for text in data.train.captions for word in words):
+        raise ConfigError(
+            f"no caption of client {name!r} says {' or '.join(words)}, so that it would not train; set data.caption, "
+            "or write it into the metadata.jsonl beside the images"
+        )
+    try:
+        model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
+    except ConfigError as error:
+        raise ConfigError(f"client {name!r}: {error}") from error
+
+
+def rows_at_once(model: Model) -> int:
+    """How many pictures go through a model together while nothing trains: of large latents only a few have room."""
+    _, height, width = model.sample_shape
+    return max(1, 2**15 // (height * width)) if model.reads_captions else 256
 
 
 def write_pipeline(model: Model, folder: Path) -> None:

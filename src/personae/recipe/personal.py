@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,8 +14,9 @@ from personae.recipe.schema import Recipe
 
 Part = Literal["lora", "tokens", "lora+tokens", "embedding"]
 
-RATES: dict[Part, float] = {"lora": 1e-3, "tokens": 1e-2, "lora+tokens": 1e-3, "embedding": 1e-2}
-"""Learning rates when none is given: our choice."""
+RATES: dict[Part, float] = {"lora": 1e-4, "tokens": 5e-3, "lora+tokens": 1e-4, "embedding": 1e-3}
+"""Learning rates when none is given: for adapters that of diffusers' own training script, for words that of Gal et al.
+2022 (arXiv:2208.01618), for the vector our choice. Small models want larger ones."""
 
 ROUNDS = 10
 """Stretches of training, after each of which a run can be taken up again and shows a preview."""
@@ -40,8 +41,10 @@ def personal_recipe(
     """
     if method not in get_args(Part):
         raise ConfigError(f"method is {method!r}; expected one of {', '.join(get_args(Part))}")
+    if not noun.strip():
+        raise ConfigError('noun is empty; say what the images show, such as "dog"')
     config, autoencoder = _config(model / "unet"), _config(model / "vae")
-    size = int(config["sample_size"]) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    size = _picture_size(model, config, autoencoder)
     word = f"<{name.lower()}>"
     backbone: dict[str, Any] = {"folder": str(model), "frozen": True}
     if "lora" in method:
@@ -49,8 +52,7 @@ def personal_recipe(
     if "tokens" in method:
         backbone["words"] = {"words": [word], "start": noun}
     if method == "embedding":
-        width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]  # as diffusers has it
-        backbone["embedding"] = {"width": width, "start": "zero"}
+        backbone["embedding"] = {"start": "zero"}
     training: dict[str, Any] = {
         "steps": 40,
         "lr": RATES[method],
@@ -73,7 +75,6 @@ def personal_recipe(
         "method": {
             "name": "local_only",
             "training": training,
-            "adapt": {**training, "steps": ROUNDS * training["steps"]},
             "vector_rate": 10.0 if method == "lora+tokens" else 1.0,
         },
         "sampling": {"sampler": "dpmsolver++", "steps": 25, "guidance": 3.0},
@@ -81,7 +82,30 @@ def personal_recipe(
     }
     for override in overrides:
         change(table, override)
+    if (table["data"].get("source"), table["data"].get("name")) != ("folder", name) or "partition" in table["data"]:
+        raise ConfigError(
+            "a personalization is of one client and its folder; leave out data.source, name and partition"
+        )
+    if "embedding" in backbone:  # as wide as its place, so that nothing stands between the two
+        time = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]  # as diffusers has it
+        token = backbone["embedding"].get("place") == "token"
+        backbone["embedding"].setdefault("width", config["cross_attention_dim"] if token else time)
+    trained = table["method"]["training"]  # who comes later trains as much
+    own = {**trained, "steps": table["rounds"] * trained["steps"], **table["method"].get("adapt", {})}
+    table["method"]["adapt"] = own
     return parse(table, f"the personalization of {model}")
+
+
+def _picture_size(model: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """Height and width in pixels. Raises: ArtefactError."""
+    latent = unet.get("sample_size")
+    sides: list[Any] = latent if isinstance(latent, list) else [latent, latent]
+    if not all(isinstance(side, int) for side in sides) or sides[0] != sides[-1]:
+        raise ArtefactError(
+            f"{model / 'unet' / 'config.json'} says sample_size {latent}, expected one whole number, such as 64 for "
+            "pictures of 512 pixels"
+        )
+    return int(sides[0]) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _said(what: str) -> str:

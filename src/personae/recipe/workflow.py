@@ -29,7 +29,7 @@ from personae.recipe.build import Clients, build_clients, build_job, patience, r
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import keep_environment, versions
 from personae.recipe.measuring import cycled, drawn, measure_client
-from personae.recipe.models import Model, build_denoiser, write_pipeline
+from personae.recipe.models import Model, build_denoiser, check_captions, write_pipeline
 from personae.recipe.schema import Recipe
 
 SUMMARY_VERSION = 1
@@ -75,8 +75,8 @@ def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
     return _finish(open_run(folder), watch)
 
 
-def open_run(folder: str | Path) -> SavedRun:
-    """Raises: ArtefactError, when the folder holds no run."""
+def open_run(folder: str | Path, device: str | None = None) -> SavedRun:
+    """On its recipe's device unless another is given. Raises: ArtefactError, when the folder holds no run."""
     path = Path(folder)
     if not (path / "config.toml").is_file():
         raise ArtefactError(
@@ -86,7 +86,10 @@ def open_run(folder: str | Path) -> SavedRun:
         table = tomllib.loads((path / "config.toml").read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise ArtefactError(f"{path / 'config.toml'} cannot be read: {error}") from error
-    return SavedRun(path, parse(table, str(path / "config.toml")))
+    recipe = parse(table, str(path / "config.toml"))
+    if device is not None:
+        recipe = dataclasses.replace(recipe, machine=dataclasses.replace(recipe.machine, device=device))
+    return SavedRun(path, recipe)
 
 
 def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
@@ -141,6 +144,9 @@ class SavedRun:
         """
         self.job.method.init(self.job.members.initial(self.job.seed))
         _ = self.features
+        if self.denoiser.reads_captions:
+            for name, data in self._clients.data.items():
+                check_captions(self.recipe, self.denoiser, name, data)
         alone = len(self._clients.train) == 1 and self.recipe.engine == "in_process" and not self.recipe.data.pooled
         if self.recipe.evaluation.preview_rounds and not alone:
             raise ConfigError(
@@ -246,10 +252,17 @@ class SavedRun:
         return {n: self._measure_added(n, own[n]) if n in own else added[n]["figures"] for n in data}
 
     def sample(
-        self, client: str, num_images: int = 16, *, seed: int | None = None, prompt: str | None = None
+        self,
+        client: str,
+        num_images: int = 16,
+        *,
+        seed: int | None = None,
+        prompt: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """What this client's personal model draws, uint8 [num_images, C, H, W]; a model that reads captions needs a
-        prompt.
+        prompt. Steps and guidance are the recipe's unless others are given.
 
         Raises: ConfigError, for an unknown client, or a prompt that is missing or has no reader; ArtefactError, when
         its file belongs to another backbone.
@@ -262,7 +275,12 @@ class SavedRun:
                 else f"the model in {self.folder} reads no text; leave out --prompt {prompt!r}"
             )
         captions = () if prompt is None else (prompt,) * num_images
-        return drawn(self.recipe, model, [client], num_images, seed, captions=captions)[0]
+        own = self.recipe.sampling
+        given = dataclasses.replace(
+            own, steps=steps or own.steps, guidance=own.guidance if guidance is None else guidance
+        )
+        recipe = dataclasses.replace(self.recipe, sampling=given)
+        return drawn(recipe, model, [client], num_images, seed, captions=captions)[0]
 
     def sample_many(
         self, clients: Sequence[str], num_images: int = 16, *, seed: int | None = None
@@ -416,7 +434,9 @@ class SavedRun:
         channels, size, _ = self.denoiser.image_shape
         source = image_folder(folder, size=size, channels=channels, on_unreadable=self.recipe.data.on_unreadable)
         images = said(relabelled(source, self.label_names), self.recipe.data)
-        return split_client(name, images, self.recipe.data.heldout, self.recipe.seed)
+        data = split_client(name, images, self.recipe.data.heldout, self.recipe.seed)
+        check_captions(self.recipe, self.denoiser, name, data)
+        return data
 
     def measure_client(self, name: str, role: str, data: ClientData) -> dict[str, Any]:
         """Everything that summary.json says of one client, and its grids in samples/."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from personae.artefact.save import write_json
 from personae.core import Images, stream
-from personae.data.emoji import LAYOUTS, SEEN_STYLES, caption, drawn_scenes, planned_scenes, scene_names
+from personae.data.emoji import LAYOUTS, SEEN_STYLES, caption, drawn_scenes, named, planned_scenes, scene_names
 from personae.errors import ConfigError
 from personae.evaluate.copying import nearest_distance
 from personae.evaluate.features import lite0
@@ -71,18 +71,23 @@ class Drawing:
         real = torch.cat([renderings(style, names[: len(order)]) for style in SEEN_STYLES])
         drawn, back = self._drawn([caption(s, n) for s, n in zip(styles, names, strict=True)], real, seed)
         probe = fit_style_probe()
+        fresh = [at for at, name in enumerate(names) if name in probe.other_names]  # it has not learned these
         figures: dict[str, Any] = {
             "style": {
                 "drawn": _share(probe.score(drawn, styles).drawn),
-                "real": _share(probe.score(real, styles).drawn),
-            }
-            | {"through the autoencoder": _share(probe.score(back, styles).drawn)},
+                "real": _share(probe.real),
+                "through the autoencoder": _share(probe.score(back[fresh], [styles[at] for at in fresh]).drawn),
+            },
             "nearest rendering": {
                 "drawn": nearest_name(drawn, names, styles).drawn.top_1.share,
                 "real": nearest_name(real, names, styles).worn.top_1.share,
                 "through the autoencoder": nearest_name(back, names, styles).drawn.top_1.share,
             },
-            "chance": {"style": 1 / len(SEEN_STYLES), "nearest rendering": 1 / 798, "name": 1 / len(scene_names())},
+            "chance": {
+                "style": 1 / len(SEEN_STYLES),
+                "nearest rendering": 1 / len(named("seen")),
+                "name": 1 / len(scene_names()),
+            },
             "nearest": float(nearest_distance(drawn, real).median()),
         }
         if lacking := [extra for package, extra in PACKAGES.items() if find_spec(package) is None]:
@@ -157,10 +162,12 @@ class Drawing:
                 what = "Single things, a style in each row." if stage == "names" else "Two things at named places."
                 pictures.append(Picture(row["picture"], what))
         columns = ("right", "drawn", "through the autoencoder", "real", "chance", "drawn / real")
+        seen, scene = len(named("seen")), len(scene_names())
         note = (
-            "Style: by a probe of three styles. Nearest rendering: of 798 in that style, the one asked for, by pixels; "
-            "real ones with a little blur and noise. Name: by a map from features to sentence vectors that never saw "
-            f"the style, of {len(scene_names())} names. Scenes: both things by their nearest rendering."
+            f"Style: by a probe of {len(SEEN_STYLES)} styles, real ones of names that it did not learn. Nearest "
+            f"rendering: of {seen} in that style, the one asked for; real ones with a little blur and noise. "
+            f"Name: by a map from features to sentence vectors that never saw the style, of {scene} names. "
+            "Scenes: both things by their nearest rendering."
         )
         return Answer(findings, {"rows": rows}, (Table("What captions say", columns, rows, note),), (), pictures)
 
