@@ -1,9 +1,12 @@
 """One person's pictures and a text-to-image pipeline: what the parts learn, stop and resume, and what is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from personae.artefact.save import load_state
 from personae.backbone.pipeline import open_pipeline
@@ -168,6 +171,40 @@ def test_half_precision_needs_weights_that_do_not_train(model, pictures, tmp_pat
     recipe = personal_recipe(model, pictures, "lora", "dog", overrides=["backbone.frozen=false", "backbone.half=true"])
     with pytest.raises(ConfigError, match="half is for weights that do not train"):
         run(recipe, tmp_path / "run")
+
+
+def stopped(recipe, folder):
+    def stop(round: Round) -> None:
+        if round.done and round.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folder, watch=stop)
+
+
+@pytest.mark.parametrize("change", ["a picture more", "another caption"])
+def test_other_pictures_are_noticed_at_a_resume(model, pictures, tmp_path, change):
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    lines = [{"file_name": path.name, "text": "a dog"} for path in sorted(folder.glob("*.png"))]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    stopped(personal_recipe(model, folder, "lora", "dog"), tmp_path / "run")
+    if change == "a picture more":
+        shutil.copy(folder / "0.png", folder / "9.png")
+        lines.append({"file_name": "9.png", "text": "a dog"})
+    else:
+        lines[0]["text"] = "a cat"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    with pytest.raises(ArtefactError, match=r"the images or captions of .* are not those that .* began with"):
+        resume(tmp_path / "run")
+
+
+def test_another_pipeline_in_the_same_place_is_noticed(model, pictures, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    saved = run(personal_recipe(folder, pictures, "lora", "dog"), tmp_path / "run")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(path).items()}, path)
+    with pytest.raises(ArtefactError, match=r"the weights in .* are not those that .* began with"):
+        open_run(saved.folder).sample("own", 1, prompt="a dog")
 
 
 def test_a_prompt_decides_what_is_drawn(rex):

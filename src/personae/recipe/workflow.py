@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
-from personae.artefact.save import load_state, read_json, read_metadata, write_bytes, write_json
+from personae.artefact.save import digest, load_state, read_json, read_metadata, write_bytes, write_json
 from personae.core import Arrays, ClientData, Job, Round, State, ignore
 from personae.data import image_folder
 from personae.engine import engine_by_name
@@ -98,8 +98,9 @@ def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     if not complete:
         keep_environment(saved.folder, machine.threads, machine.device)
     if not (saved.folder / "images.json").is_file():
-        write_json(saved.folder / "images.json", saved._images)
+        write_json(saved.folder / "images.json", {**saved._images, **saved.began_with()})
     if not complete:
+        saved.refuse_others()
         engine_by_name(saved.recipe.engine, patience(saved.recipe), saved.recipe.machine.device).run(
             saved.job, resume=True, watch=saved.previewing(watch)
         )
@@ -123,7 +124,14 @@ class SavedRun:
     def denoiser(self) -> Model:
         """The one model in memory; every client's parts are loaded into it."""
         torch.set_num_threads(self.recipe.machine.threads)
-        return build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
+        model = build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
+        began = self._images.get("base")
+        if began is not None and began != digest(model.base()):
+            raise ArtefactError(
+                f"the weights in {self.recipe.backbone.folder} are not those that {self.folder} began with, and its "
+                "clients' parts belong to these; put the former pipeline back, or begin a new run"
+            )
+        return model
 
     @cached_property
     def _images(self) -> dict[str, Any]:
@@ -136,6 +144,27 @@ class SavedRun:
     @property
     def label_names(self) -> list[str]:
         return list(self._images["label_names"])
+
+    def began_with(self) -> dict[str, str]:
+        """Digests of everybody's images and captions, and of the frozen weights where there are any."""
+        arrays: dict[str, Tensor] = {}
+        for name, data in self._clients.data.items():
+            for part, images in (("train", data.train), ("heldout", data.heldout)):
+                said = "\0".join(images.captions).encode()
+                arrays[f"{name} {part}"] = images.pixels
+                arrays[f"{name} {part} captions"] = torch.frombuffer(bytearray(said or b"\0"), dtype=torch.uint8)
+        base = self.denoiser.base()
+        return {"images": digest(arrays), **({"base": digest(base)} if base else {})}
+
+    def refuse_others(self) -> None:
+        """Raises: ArtefactError, when the images are not those that the run began with: what was held out might be
+        trained on."""
+        began = self._images.get("images")
+        if began is not None and began != self.began_with()["images"]:
+            raise ArtefactError(
+                f"the images or captions of {self.recipe.data.path or self.recipe.data.source} are not those that "
+                f"{self.folder} began with; put them back, or begin a new run with what there is now"
+            )
 
     def check(self) -> None:
         """Build all that the recipe names, so that what does not go together is refused before there is a folder.
