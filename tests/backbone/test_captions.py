@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from personae.backbone.captions import TEXT, TEXT_2
 from personae.backbone.pipeline import COMPONENTS_XL, open_pipeline, save_pipeline
-from personae.backbone.text2image import UNET, TextToImage, Vector
+from personae.backbone.text2image import TextToImage, Vector
 from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, MismatchedNames
 from personae.infer.sample import sample
 from personae.local.fit import fit
-from personae.personal.lora import Lora
+from personae.personal.lora import TEXT, TEXT_2, UNET, Lora
 from personae.personal.tokens import Words
 from personae.testing import check_denoiser
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks, tiny_pipeline

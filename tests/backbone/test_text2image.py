@@ -8,14 +8,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from personae.backbone.captions import TEXT
 from personae.backbone.pipeline import COMPONENTS, SIZES, fresh, open_pipeline, save_pipeline
-from personae.backbone.text2image import UNET, TextToImage, Vector
+from personae.backbone.text2image import TextToImage, Vector
 from personae.core import Batch, Client, ClientData, Images, Training, everything, nothing, stream, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.infer.sample import sample
 from personae.local.fit import fit
-from personae.personal.lora import Lora
+from personae.personal.lora import TEXT, UNET, Lora
 from personae.personal.tokens import Words
 from personae.testing import check_denoiser
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks

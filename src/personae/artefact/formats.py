@@ -32,12 +32,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from personae.artefact.formats_names import NETWORKS, TEXT, TEXT_2, UNET, flat
+from personae.artefact.formats_names import NETWORKS, flat
 from personae.artefact.save import json_text, write_bytes
 from personae.backbone.parts import written_whole
 from personae.core import Arrays, pick, under
 from personae.errors import ArtefactError, ConfigError, ShapeError
-from personae.personal.lora import LEVEL, A, B
+from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, A, B
 from personae.personal.tokens import TOKENS, is_word
 
 Form = Literal["diffusers", "peft", "kohya", "textual_inversion", "textual_inversion_a1111"]

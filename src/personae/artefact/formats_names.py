@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from personae.personal.lora import LEVEL, A, B
+from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, A, B
 
-UNET, TEXT, TEXT_2 = "unet.", "text_encoder.", "text_encoder_2."
 NETWORKS = (UNET, TEXT, TEXT_2)
 ALPHA = ".alpha"
 

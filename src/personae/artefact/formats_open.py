@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from personae.artefact.formats import BASE, CLIPS, LORA_FILE, LORA_HEADER, PEFT_CONFIG, PEFT_FILE
-from personae.artefact.formats_names import ALPHA, NETWORKS, TEXT, UNET, is_flat, looks_like_text, taken_apart
+from personae.artefact.formats_names import ALPHA, NETWORKS, is_flat, looks_like_text, taken_apart
 from personae.artefact.save import load_arrays, read_json, read_metadata
 from personae.core import Arrays
 from personae.errors import ArtefactError
+from personae.personal.lora import TEXT, UNET
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 

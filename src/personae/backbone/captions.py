@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from personae.errors import ConfigError
+from personae.personal.lora import TEXT, TEXT_2
 from personae.personal.tokens import TOKENS, NewWords, Words
-
-TEXT, TEXT_2 = "text_encoder.", "text_encoder_2."
 
 REMEMBERED = 4096
 """Captions, whose vectors are kept while nothing in the text encoders moves."""

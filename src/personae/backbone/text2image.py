@@ -23,16 +23,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from personae.backbone.captions import TEXT, TEXT_2, Captions, Second, added
+from personae.backbone.captions import Captions, Second, added
 from personae.backbone.parts import copies, load_into
 from personae.backbone.schedule import Schedule
 from personae.core import Arrays, Batch, Select, everything, nothing, pick
 from personae.errors import ConfigError, PersonaeError, ShapeError
 from personae.personal.embedding import ClientEmbedding, clients_in
-from personae.personal.lora import LEVEL, Adapters, Lora, without_lora
+from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, Adapters, Lora, without_lora
 from personae.personal.tokens import Words
-
-UNET = "unet."
 
 PIXELS_AT_ONCE = 2**18
 """Through the autoencoder: 256 pictures of 32 x 32, one of 512 x 512. More would want gigabytes."""

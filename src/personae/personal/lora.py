@@ -19,6 +19,9 @@ from personae.core import Arrays
 from personae.errors import ConfigError, ShapeError
 
 A, B = ".lora_A", ".lora_B"
+UNET, TEXT, TEXT_2 = "unet.", "text_encoder.", "text_encoder_2."
+"""Before the names of a pipeline's networks' parameters."""
+
 LEVEL = "text_model."
 """Before the names in a published text encoder, whether this version of transformers has it or not."""
 
@@ -28,12 +31,12 @@ SLOT = "own"
 Targets = Literal["self", "self+cross", "self+cross+text"]
 
 PATTERNS: Mapping[Targets, Mapping[str, str]] = {
-    "self": {"unet.": r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)"},
-    "self+cross": {"unet.": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
+    "self": {UNET: r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)"},
+    "self+cross": {UNET: r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
     "self+cross+text": {
-        "unet.": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-        "text_encoder.": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-        "text_encoder_2.": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+        UNET: r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+        TEXT: r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+        TEXT_2: r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     },
 }
 """Which layers, as full-match patterns by the network's prefix: query, key, value and output of attention.
@@ -86,7 +89,7 @@ class Adapters:
             config = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=pattern)
             inject_adapter_in_model(config, networks[prefix], adapter_name=SLOT)
             layers = {name: m for name, m in networks[prefix].named_modules() if isinstance(m, LoraLayer)}
-            front = LEVEL if prefix != "unet." else ""
+            front = LEVEL if prefix != UNET else ""
             self._layers |= {prefix + front + name.removeprefix(front): layer for name, layer in layers.items()}
         self._resize(dict.fromkeys(self._layers, options.rank))
 
