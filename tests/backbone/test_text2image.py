@@ -107,6 +107,18 @@ def test_a_pipeline_with_parts_in_its_weights_draws_the_same(make, tmp_path, par
     assert all(torch.equal(before[name], value) for name, value in model.params().items())
 
 
+def test_a_part_that_was_put_into_weights_and_taken_out_leaves_the_bases_bits(make, tmp_path):
+    model, bare = make(nothing, lora=PARTS["lora"], vector=Vector(5)), make(nothing)
+    nobody = model.initial(stream(1))
+    model.load({name: torch.randn(value.shape, generator=stream(3, name)) for name, value in nobody.items()})
+    save_pipeline(model, tmp_path / "pipeline")
+    model.load({**nobody, "embedding.weight": torch.zeros(1, 5)})
+    assert all(torch.equal(bare.base()[name], value) for name, value in model.base().items())
+    latents, t = torch.randn(3, 4, 4, 4, generator=stream(0)), torch.tensor([1, 200, 900])
+    alone = Batch(BATCH.images, torch.ones(3, dtype=torch.bool), BATCH.captions)  # the null vector adds nothing
+    assert torch.equal(*(each.forward(latents, t, each.condition(alone)) for each in (model, bare)))
+
+
 # --- a client's vector ------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +290,23 @@ def test_networks_that_do_not_fit_each_other_are_refused(folder):
 def test_a_plain_pipeline_is_sampled_from(folder):
     drawn = sample(open_pipeline(folder), 2, stream(0), steps=2, guidance=2.0, captions=["a dog", "a cat"])
     assert drawn.shape == (2, 3, 8, 8) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_every_picture_goes_through_the_autoencoder_once(make, monkeypatch):
+    model, seen = make(), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda images: seen.append(images) or encode(images))
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=stream(2))
+    images = Images(pixels, captions=BATCH.captions)
+    twin = make()
+    latents = Images(twin.encode(images.floats()), captions=BATCH.captions)
+    for client in (
+        Client("a", ClientData(images, images), model, stream(1)),
+        Client("a", ClientData(latents, latents), twin, stream(1)),
+    ):
+        fit(client, everything, Training(20, 0.1, 2, optimizer="sgd"))
+    assert sum(len(images) for images in seen) == 3
+    assert all(torch.allclose(value, twin.params()[name], atol=1e-4) for name, value in model.params().items())
 
 
 def test_captions_are_encoded_as_in_sampling_whatever_trained_before(make):

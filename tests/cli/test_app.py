@@ -198,6 +198,12 @@ def test_what_a_pipeline_needs_is_said(command, tmp_path, arguments, message):
     assert code == 2 and message in one_sentence(error, "ConfigError")
 
 
+@pytest.mark.parametrize("verb", [("personalize", "--data", "."), ("sample", "--client", "a")])
+def test_a_folder_that_is_not_there_is_said_to_be_missing(command, tmp_path, verb):
+    code, _, error = command(verb[0], tmp_path / "nothing", *verb[1:])
+    assert code == 5 and "nothing does not exist" in one_sentence(error, "ArtefactError")
+
+
 def test_every_sub_folder_is_a_new_client(command, copy_of, tiny_run, photos):
     folder = copy_of(tiny_run)
     shutil.copytree(photos, photos.parent / "ben")
@@ -280,7 +286,7 @@ def test_an_error_is_its_own_sentence_and_exit_code(command, tiny_run, tmp_path,
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["run"], ["sample", "x"], ["run", "quickstart", "--fast"]])
+@pytest.mark.parametrize("arguments", [["fly"], ["run"], ["sample", "."], ["run", "quickstart", "--fast"]])
 def test_a_wrong_command_or_option_is_two(command, arguments):
     code, _, error = command(*arguments)
     assert code == 2

@@ -115,7 +115,8 @@ def personalize(
     from personae.recipe.models import is_text_to_image
     from personae.recipe.workflow import open_run
 
-    if is_text_to_image(run):
+    lies = _found(run)
+    if is_text_to_image(lies):
         if each or method is None or noun is None:
             raise ConfigError(
                 f"{run} is a pipeline; say --method lora, tokens, lora+tokens or embedding, and --noun, what the "
@@ -148,6 +149,20 @@ def personalize(
             f"next: personae sample {run} --client {name} -n 16",
         ],
     )
+
+
+def _found(name: Path) -> Path:
+    """Where a run or a pipeline lies. Raises: ArtefactError, when it is neither there nor shipped."""
+    from personae.backbone.shipped import model_folder, shipped
+    from personae.errors import ArtefactError
+
+    folder = model_folder(name)
+    if not folder.exists():
+        raise ArtefactError(
+            f"{name} does not exist; give the folder of a run or of a text-to-image pipeline, or a model that comes "
+            f"with personae: {', '.join(shipped())}"
+        )
+    return folder
 
 
 def _personal_run(
@@ -226,7 +241,8 @@ def sample(
     from personae.recipe.models import draw_from_pipeline, is_text_to_image
     from personae.recipe.workflow import open_run
 
-    plain = is_text_to_image(run)
+    lies = _found(run)
+    plain = is_text_to_image(lies)
     if plain and (prompt is None or client is not None or out is None):
         raise ConfigError(
             f"{run} is a pipeline; say --prompt, what to draw, and --out, where to, and leave out --client"
@@ -237,7 +253,7 @@ def sample(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
     if plain:
-        images = draw_from_pipeline(run, str(prompt), num_images, seed, steps or 25, guidance or 3.0, device or "cpu")
+        images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
     else:
         images = open_run(run, device).sample(
             str(client), num_images, seed=seed, prompt=prompt, steps=steps, guidance=guidance

@@ -130,6 +130,32 @@ def sample_together(
     return torch.cat(groups)
 
 
+def draw(
+    model: Denoiser, captions: Sequence[str], rng: torch.Generator, *, steps: int = 25, guidance: float = 3.0
+) -> UInt8[Tensor, "{len(captions)} ..."]:
+    """What a text-to-image model draws of these captions, by DPM-Solver++ and with guidance.
+
+    Raises: ConfigError, when an argument is out of range.
+    """
+    images = sample(
+        model,
+        len(captions),
+        rng,
+        sampler="dpmsolver++",
+        steps=steps,
+        guidance=guidance,
+        captions=captions,
+        batch_size=latents_at_once(model),
+    )
+    return to_bytes(images)
+
+
+def latents_at_once(model: Denoiser) -> int:
+    """How many go through a latent model together while nothing trains: of large ones only a few have room."""
+    _, height, width = model.sample_shape
+    return max(1, 2**15 // (height * width))
+
+
 def _denoised(
     model: Denoiser,
     scheduler: Any,

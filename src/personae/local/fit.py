@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from personae.core import Arrays, Batch, Client, Denoiser, Noised, Plan, Select, Training
+from personae.core import Arrays, Batch, Client, Denoiser, Images, Noised, Plan, Select, Training
 from personae.errors import ConfigError, Diverged
 from personae.objective.denoising import denoising_each, noised
 from personae.personal.embedding import clients_in, is_per_client
@@ -72,13 +72,14 @@ def fit_together(
         parameter.grad = None  # of a stretch that was interrupted
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     totals = [0.0] * len(clients)
+    examples = [_Examples(model, client.data.train) for client in clients]
     model.train(True)
     for step in range(how.steps):
         for group, rate in groups:
             group["lr"] = rate * _pace(step, how)
         for _ in range(how.accumulate):
             with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=how.precision == "bfloat16"):
-                batch = _noised(clients, how, parameters[0].device)
+                batch = _noised(clients, examples, how, parameters[0].device)
                 losses = plan.loss(model, batch)[None] if plan.loss else denoising_each(model, batch, len(clients))
                 whole = losses.sum() + sum((penalty(model, batch) for penalty in plan.penalties), losses.new_zeros(()))
             (whole / how.accumulate).backward()
@@ -133,27 +134,45 @@ def _check(clients: Sequence[Client], moving: Mapping[str, nn.Parameter]) -> Non
         )
 
 
-def _noised(clients: Sequence[Client], how: Training, device: torch.device) -> Noised:
+class _Examples:
+    """One client's images as the model denoises them. What a latent model's autoencoder makes of one is kept."""
+
+    def __init__(self, model: Denoiser, images: Images) -> None:
+        self._model, self._images = model, images
+        self._as_they_are = tuple(images.pixels.shape[1:]) == tuple(model.sample_shape)
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, index: Tensor, device: torch.device) -> Tensor:
+        if self._as_they_are:
+            return self._model.encode(self._images.floats(index).to(device))
+        wanted = index.tolist()
+        if missing := [number for number in dict.fromkeys(wanted) if number not in self._kept]:
+            with torch.autocast(device.type, enabled=False):
+                made = self._model.encode(self._images.floats(torch.tensor(missing)).to(device))
+            self._kept.update(zip(missing, made.cpu(), strict=True))
+        return torch.stack([self._kept[number] for number in wanted]).to(device)
+
+
+def _noised(clients: Sequence[Client], examples: Sequence[_Examples], how: Training, device: torch.device) -> Noised:
     """Every client's examples, one client after the other, on their way through the model.
 
     Each generator gives what it would give alone, in the same order: images, timesteps, dropout, noise.
     """
     model: Denoiser = clients[0].model
-    pixels, times, dropped, captions = [], [], [], []
-    for client in clients:
+    clean, times, dropped, captions = [], [], [], []
+    for client, encoded in zip(clients, examples, strict=True):
         images = client.data.train
         index = torch.randint(len(images), (how.batch_size,), generator=client.rng)
-        pixels.append(images.floats(index))
+        clean.append(encoded(index, device))
         times.append(torch.randint(model.schedule.num_timesteps, (how.batch_size,), generator=client.rng))
         dropped.append(torch.rand(how.batch_size, generator=client.rng) < how.condition_dropout)
         captions += [images.captions[i] for i in index.tolist()] if images.captions else []
-    x_0 = torch.cat(pixels)
-    clean = model.encode(x_0.to(device))
-    each = (how.batch_size, *clean.shape[1:])
+    x_0 = torch.cat(clean)
+    each = (how.batch_size, *x_0.shape[1:])
     noise = torch.cat([torch.randn(each, generator=client.rng) for client in clients]).to(device)
     rows = torch.arange(len(clients), device=device).repeat_interleave(how.batch_size)
     cond = model.condition(Batch(x_0, torch.cat(dropped).to(device), tuple(captions), rows))
-    return noised(model, clean, torch.cat(times).to(device), noise, cond)
+    return noised(model, x_0, torch.cat(times).to(device), noise, cond)
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float, num_clients: int) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import json_text, write_bytes, write_json
+from personae.backbone.shipped import is_shipped
 from personae.core import Client, ClientData, Facts, Job, stream
 from personae.data import image_folder
 from personae.engine.population import SAFE_NAME, Roster
@@ -66,7 +67,7 @@ def deploy(recipe: str | Path, to: str | Path, overrides: Sequence[str] = ()) ->
             "so say it: --set federation.minimum=2"
         )
     local = {
-        "backbone.folder": plan.backbone.folder,
+        "backbone.folder": None if is_shipped(plan.backbone.folder or "") else plan.backbone.folder,
         "evaluation.features": plan.evaluation.features if Path(plan.evaluation.features or "").suffix else None,
         "data.path": plan.data.path if plan.data.path != AT_THE_NODES else None,
     }

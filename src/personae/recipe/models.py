@@ -10,10 +10,11 @@ from torch import Tensor
 
 from personae.backbone import unet
 from personae.backbone.schedule import schedule
+from personae.backbone.shipped import model_folder
 from personae.backbone.unet import UNetDenoiser
 from personae.core import ClientData, everything, nothing, stream
 from personae.errors import ConfigError
-from personae.infer.sample import sample, to_bytes
+from personae.infer.sample import draw, latents_at_once
 from personae.recipe.schema import Backbone, Recipe
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def is_text_to_image(folder: Path) -> bool:
 def build_denoiser(recipe: Recipe, image_shape: tuple[int, ...]) -> Model:
     """`image_shape` is that of the images: channels, height, width. Raises: ConfigError, ArtefactError."""
     backbone = recipe.backbone
-    model = _fresh(backbone, image_shape) if backbone.folder is None else _opened(backbone, Path(backbone.folder))
+    folder = backbone.folder
+    model = _fresh(backbone, image_shape) if folder is None else _opened(backbone, model_folder(folder))
     if model.image_shape != tuple(image_shape):
         raise ConfigError(
-            f"the backbone in {backbone.folder} draws {list(model.image_shape)}, the images are "
+            f"the backbone in {folder} draws {list(model.image_shape)}, the images are "
             f"{list(image_shape)} (channels, height, width); set data.size and data.channels"
         )
     return _at(model, recipe.machine.device)
@@ -50,27 +52,19 @@ def _at(model: Model, device: str) -> Model:
 
 
 def draw_from_pipeline(
-    folder: Path, prompt: str, num_images: int, seed: int, steps: int, guidance: float, device: str
+    folder: Path, prompt: str, num_images: int, seed: int, steps: int | None, guidance: float | None, device: str
 ) -> Tensor:
-    """What a text-to-image pipeline draws by itself.
+    """What a text-to-image pipeline draws by itself, in 25 steps with guidance 3 where these are None.
 
     Shapes: uint8 [num_images, C, H, W].
     Raises: ConfigError, ArtefactError.
     """
     from personae.backbone.pipeline import open_pipeline
 
+    rng = stream(seed, "sample", prompt)
     model = _at(open_pipeline(folder), device)
-    images = sample(
-        model,
-        num_images,
-        stream(seed, "sample", prompt),
-        sampler="dpmsolver++",
-        steps=steps,
-        guidance=guidance,
-        captions=(prompt,) * num_images,
-        batch_size=rows_at_once(model),
-    )
-    return to_bytes(images)
+    steps, guidance = 25 if steps is None else steps, 3.0 if guidance is None else guidance
+    return draw(model, (prompt,) * num_images, rng, steps=steps, guidance=guidance)
 
 
 def check_captions(recipe: Recipe, model: Model, name: str, data: ClientData) -> None:
@@ -91,9 +85,8 @@ def check_captions(recipe: Recipe, model: Model, name: str, data: ClientData) ->
 
 
 def rows_at_once(model: Model) -> int:
-    """How many pictures go through a model together while nothing trains: of large latents only a few have room."""
-    _, height, width = model.sample_shape
-    return max(1, 2**15 // (height * width)) if model.reads_captions else 256
+    """How many pictures go through a model together while nothing trains."""
+    return latents_at_once(model) if model.reads_captions else 256
 
 
 def write_pipeline(model: Model, folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from personae.artefact.save import explained
+from personae.backbone.shipped import model_folder
 from personae.errors import ArtefactError, ConfigError
 from personae.recipe.config import change, parse
 from personae.recipe.schema import Recipe
@@ -43,8 +44,9 @@ def personal_recipe(
         raise ConfigError(f"method is {method!r}; expected one of {', '.join(get_args(Part))}")
     if not noun.strip():
         raise ConfigError('noun is empty; say what the images show, such as "dog"')
-    config, autoencoder = _config(model / "unet"), _config(model / "vae")
-    size = _picture_size(model, config, autoencoder)
+    folder = model_folder(model)
+    config, autoencoder = _config(folder / "unet"), _config(folder / "vae")
+    size = _picture_size(folder, config, autoencoder)
     word = f"<{name.lower()}>"
     backbone: dict[str, Any] = {"folder": str(model), "frozen": True}
     if "lora" in method:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest, load_state, read_json, read_metadata, write_bytes, write_json
+from personae.backbone.shipped import is_shipped
 from personae.core import Arrays, ClientData, Job, Round, State, ignore
 from personae.data import image_folder
 from personae.engine import engine_by_name
@@ -305,10 +306,11 @@ class SavedRun:
             )
         captions = () if prompt is None else (prompt,) * num_images
         own = self.recipe.sampling
-        given = dataclasses.replace(
-            own, steps=steps or own.steps, guidance=own.guidance if guidance is None else guidance
-        )
-        recipe = dataclasses.replace(self.recipe, sampling=given)
+        if steps is not None:
+            own = dataclasses.replace(own, steps=steps)
+        if guidance is not None:
+            own = dataclasses.replace(own, guidance=guidance)
+        recipe = dataclasses.replace(self.recipe, sampling=own)
         return drawn(recipe, model, [client], num_images, seed, captions=captions)[0]
 
     def sample_many(
@@ -481,7 +483,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     data, backbone, evaluation = recipe.data, recipe.backbone, recipe.evaluation
     if data.path is not None:
         data = dataclasses.replace(data, path=str(Path(data.path).resolve()))
-    if backbone.folder is not None:
+    if backbone.folder is not None and not is_shipped(backbone.folder):
         backbone = dataclasses.replace(backbone, folder=str(Path(backbone.folder).resolve()))
     if evaluation.features is not None and Path(evaluation.features).suffix:  # a file; names have none
         evaluation = dataclasses.replace(evaluation, features=str(Path(evaluation.features).resolve()))

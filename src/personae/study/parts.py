@@ -23,7 +23,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from personae.core import ClientData, Denoiser, Images, State, stream
+from personae.backbone.shipped import model_folder
+from personae.core import ClientData, Images, State, stream
 from personae.data.emoji import SEEN_STYLES, STYLES, WITHOUT_STYLE, caption, named, pack
 from personae.data.identities import identity
 from personae.engine.in_process import personalize_one
@@ -34,7 +35,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import renderings, statistics
 from personae.evaluate.text2image_subject import copying, drift, score_subjects
-from personae.infer.sample import sample, to_bytes
+from personae.infer.sample import draw
 from personae.recipe import personal
 from personae.recipe.build import Clients, build_job
 from personae.recipe.models import Model, build_denoiser
@@ -85,7 +86,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """`model` is a pipeline's folder. `steps` of training for everybody; `num_drawn` pictures of the subject and
+    """`model` is a pipeline's folder, or the name of one that is shipped.
+
+    `steps` of training for everybody; `num_drawn` pictures of the subject and
     `num_unrelated` of other things are drawn by every part, in `sampler_steps` of DPM-Solver++."""
 
     model: str
@@ -179,9 +182,10 @@ class Parts:
 
     def _scores(self, model: Model, subject: Subject, own: Own, seed: int, folder: Path, cell: Cell) -> dict[str, Any]:
         told = [own.captions[at % len(own.captions)] for at in range(self.num_drawn)]
-        drawn = _drawn(model, told, self.sampler_steps, stream(seed, "drawn", subject.name))
+        drawn = draw(model, told, stream(seed, "drawn", subject.name), steps=self.sampler_steps)
         base = _of_base(self.model, self.num_unrelated, self.sampler_steps, seed)
-        strange = _drawn(model, _unrelated(self.num_unrelated, seed), self.sampler_steps, stream(seed, "unrelated"))
+        unrelated = _unrelated(self.num_unrelated, seed)
+        strange = draw(model, unrelated, stream(seed, "unrelated"), steps=self.sampler_steps)
         found = drift(base, strange, statistics())
         copied = copying(drawn, own.data.train.pixels, own.data.heldout.pixels)
         figures: dict[str, Any] = {
@@ -297,13 +301,7 @@ def _unrelated(count: int, seed: int) -> list[str]:
 def _of_base(model: str, count: int, steps: int, seed: int) -> Tensor:
     from personae.backbone.pipeline import open_pipeline
 
-    return _drawn(open_pipeline(Path(model)), _unrelated(count, seed), steps, stream(seed, "unrelated"))
-
-
-def _drawn(model: Denoiser, captions: Sequence[str], steps: int, rng: torch.Generator) -> Tensor:
-    return to_bytes(
-        sample(model, len(captions), rng, sampler="dpmsolver++", steps=steps, guidance=3.0, captions=captions)
-    )
+    return draw(open_pipeline(model_folder(model)), _unrelated(count, seed), stream(seed, "unrelated"), steps=steps)
 
 
 def _shape(data: ClientData) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scenes, voca
 from personae.errors import ConfigError
 from personae.evaluate.charts import COLOURS, chart, logarithmic
 from personae.evaluate.grids import save_grid
-from personae.infer.sample import sample, to_bytes
+from personae.infer.sample import draw, to_bytes
 from personae.local.fit import fit
 from personae.study.study import Answer, Cell, Chart, Picture, Row, where
 
@@ -147,16 +147,7 @@ class Pretraining:
         if not (folder / "model").exists():
             save_pipeline(model, folder / "model", torch.float16)
         said = _told(seed)
-        drawn = sample(
-            model,
-            len(said),
-            stream(seed, "grid"),
-            sampler="dpmsolver++",
-            steps=25,
-            guidance=self.guidance,
-            captions=said,
-        )
-        _picture(folder, "grid", to_bytes(drawn), columns=SHOWN)
+        _picture(folder, "grid", draw(model, said, stream(seed, "grid"), guidance=self.guidance), columns=SHOWN)
         write_json(folder / "pictures" / "grid.json", {"captions": said})
         size = sum(path.stat().st_size for path in (folder / "model").rglob("*") if path.is_file())
         return {"bytes": size, "parameters": sum(p.numel() for p in model.parameters()), "picture": "pictures/grid.png"}

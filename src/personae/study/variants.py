@@ -157,7 +157,7 @@ class Variants:
                 axes.plot([], [], "o", color=tone, label=ROLES[role])
             axes.set_xticks(range(len(shown)), shown)
             axes.grid(visible=False, axis="x")
-            title = f"{FIGURES[figure].capitalize()}, minus that with {names[0]}"
+            title = f"{FIGURES[figure].capitalize()}: difference to '{names[0]}'"
             axes.set(title=title, xlabel=self.question, xlim=(-0.6, len(shown) - 0.4))
             axes.legend(loc="best")
 
