@@ -14,6 +14,7 @@ from personae.core import Batch, Client, ClientData, Images, Training, everythin
 from personae.errors import ArtefactError, ConfigError, ShapeError
 from personae.infer.sample import sample
 from personae.local.fit import fit
+from personae.personal.delta import Delta
 from personae.personal.lora import TEXT, UNET, Lora
 from personae.personal.tokens import Words
 from personae.testing import check_denoiser
@@ -48,7 +49,7 @@ def test_the_contract_of_denoisers(make, opened):
     check_denoiser(lambda: make(opened), latents, idle=unused)
 
 
-PARTS = {"lora": Lora(2, "self+cross+text"), "words": Words(("<rex>",), "dog", 2)}
+PARTS = {"lora": Lora(2, "self+cross+text"), "delta": Delta("cross"), "words": Words(("<rex>",), "dog", 2)}
 
 
 def test_the_contract_with_parts(make):
@@ -59,7 +60,7 @@ def test_the_contract_with_parts(make):
 def test_parts_have_names_of_their_own_and_hide_what_peft_calls_the_rest(make):
     model, bare = make(nothing, **PARTS), make(nothing)
     assert set(model.base()) == set(bare.base())
-    assert {name.rsplit(".", 1)[1] for name in model.params()} == {"lora_A", "lora_B", "<rex>"}
+    assert {name.rsplit(".", 1)[1] for name in model.params()} == {"lora_A", "lora_B", "weight", "<rex>"}
     model.load(model.initial(stream(1)))
     assert torch.equal(model.condition(BATCH).text, bare.condition(BATCH).text)
     t, cond = torch.tensor([1, 2, 3]), bare.condition(BATCH)
@@ -77,7 +78,7 @@ def test_a_new_word_is_read_where_it_stands(make):
 
 
 def test_adapters_take_the_rank_that_is_loaded_or_nothing_changes(make):
-    model, wide = make(nothing, **PARTS), make(nothing, lora=Lora(5, "self+cross+text"), words=PARTS["words"])
+    model, wide = make(nothing, **PARTS), make(nothing, **{**PARTS, "lora": Lora(5, "self+cross+text")})
     values = {name: torch.randn(v.shape, generator=stream(2, name)) for name, v in wide.params().items()}
     model.load(values)
     assert all(torch.equal(values[name], value) for name, value in model.params().items())
@@ -93,7 +94,15 @@ def test_what_bare_networks_have_no_weights_for_is_not_written(make, tmp_path, p
     assert not (tmp_path / "pipeline").exists()
 
 
-@pytest.mark.parametrize("parts", [{"lora": Lora(2, "self+cross+text", alpha=3)}, {"vector": Vector(5)}])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora": Lora(2, "self+cross+text", alpha=3)},
+        {"delta": Delta("self+cross")},
+        {"vector": Vector(5)},
+        {"lora": Lora(2), "delta": Delta()},
+    ],
+)
 def test_a_pipeline_with_parts_in_its_weights_draws_the_same(make, tmp_path, parts):
     model = make(nothing, **parts)
     model.load({name: torch.randn(v.shape, generator=stream(3, name)) for name, v in model.params().items()})
@@ -105,6 +114,28 @@ def test_a_pipeline_with_parts_in_its_weights_draws_the_same(make, tmp_path, par
     ours, theirs, without = (m.forward(latents, t, m.condition(own)) for m in (model, opened, bare))
     assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, without, atol=1e-2)
     assert all(torch.equal(before[name], value) for name, value in model.params().items())
+
+
+def test_changes_are_added_in_float32_to_weights_that_stay(make):
+    model, bare = make(nothing, delta=Delta()), make(nothing)
+    names = {
+        f"unet.{name}"
+        for name, _ in bare.unet.named_parameters()
+        if name.endswith(("n2.to_k.weight", "n2.to_v.weight"))
+    }
+    assert set(model.params()) == {f"delta.{name}" for name in names} and set(model.base()) == set(bare.base())
+    model.load({name: torch.full_like(value, 1e-6) for name, value in model.params().items()})
+    assert all(torch.equal(bare.base()[name], value) for name, value in model.base().items())
+    folded = {f"unet.{name}": value for name, value in model.folded().unet.named_parameters()}
+    assert all(
+        torch.equal(folded[name], value + 1e-6 * (name in names))
+        for name, value in bare.base().items()
+        if name in folded
+    )
+    with pytest.raises(ConfigError, match="freeze the base"):
+        make(everything, delta=Delta())
+    with pytest.raises(ConfigError, match="expected one of cross_kv, cross, self\\+cross"):
+        Delta("everything")
 
 
 def test_a_part_that_was_put_into_weights_and_taken_out_leaves_the_bases_bits(make, tmp_path):

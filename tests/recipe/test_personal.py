@@ -80,6 +80,14 @@ def test_a_part_trains_and_the_model_stays(model, pictures, tmp_path, method):
     assert (figures["num_images"], figures["num_heldout"], figures["bytes_down"]) == (4, 1, 0)
 
 
+def test_weights_of_attention_change_beside_a_new_word(model, pictures, tmp_path):
+    changes = ["backbone.delta.targets=cross_kv", "method.training.lr=0.001", "method.vector_rate=10", "rounds=2"]
+    saved = run(personal_recipe(model, pictures, "tokens", "dog", overrides=changes), tmp_path / "run")
+    params = load_state(saved.folder / "clients" / "own.safetensors").params
+    assert {name.split(".")[0] for name in params} == {"delta", "tokens"}
+    assert all(value.any() for value in params.values())
+
+
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory):
     return tiny_pipeline(tmp_path_factory.mktemp("xl") / "model", "smallest_xl")

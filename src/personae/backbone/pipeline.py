@@ -23,6 +23,7 @@ from personae.backbone.text2image import Networks, TextToImage, Vector, publishe
 from personae.backbone.vocabulary import read_tokenizer, write_vocabulary
 from personae.core import Select, nothing
 from personae.errors import ArtefactError, ConfigError
+from personae.personal.delta import Delta
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 
@@ -138,6 +139,7 @@ def open_pipeline(
     opened: Select = nothing,
     *,
     lora: Lora | None = None,
+    delta: Delta | None = None,
     words: Words | None = None,
     vector: Vector | None = None,
     half: bool = False,
@@ -162,7 +164,7 @@ def open_pipeline(
     # Latents are not within [-1, 1]; a scheduler's file may say nothing of it, and DDPM's default would cut them.
     unclipped = dataclasses.replace(saved, config=_with(saved.config, clip_sample=False))
     return TextToImage(
-        networks, unclipped, opened, lora=lora, words=words, vector=vector, half=half, recompute=recompute
+        networks, unclipped, opened, lora=lora, delta=delta, words=words, vector=vector, half=half, recompute=recompute
     )
 
 

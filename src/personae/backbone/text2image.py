@@ -28,8 +28,9 @@ from personae.backbone.parts import copies, load_into
 from personae.backbone.schedule import Schedule
 from personae.core import Arrays, Batch, Select, everything, nothing, pick
 from personae.errors import ConfigError, PersonaeError, ShapeError
+from personae.personal.delta import Delta, Deltas, without_parts
 from personae.personal.embedding import ClientEmbedding, clients_in
-from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, Adapters, Lora, without_lora
+from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, Adapters, Lora
 from personae.personal.tokens import Words
 
 PIXELS_AT_ONCE = 2**18
@@ -81,7 +82,8 @@ class Told:
 class TextToImage(nn.Module):
     """A pipeline's networks, of whose weights `opened` says which may move; all others are the frozen base.
 
-    `lora` puts adapters on attention layers, `words` adds new words, `vector` gives each client some numbers; all are
+    `lora` puts adapters on attention layers, `delta` lets the weights of some of them change, `words` adds new words,
+    `vector` gives each client some numbers; all are
     parts that may move. What an example reads that is unconditional, `Captions` says.
 
     With two text encoders the last layer of the first has no say: what opens or adapts it does not move.
@@ -103,6 +105,7 @@ class TextToImage(nn.Module):
         opened: Select = nothing,
         *,
         lora: Lora | None = None,
+        delta: Delta | None = None,
         words: Words | None = None,
         vector: Vector | None = None,
         half: bool = False,
@@ -114,6 +117,7 @@ class TextToImage(nn.Module):
         self.captions = Captions(networks.tokenizer, networks.text_encoder, networks.second, words)
         self._networks = {UNET: self.unet, **self.captions.encoders()}
         self._adapters = None if lora is None else Adapters(self._networks, lora)
+        self._deltas = None if delta is None else Deltas(self._networks, delta)
         self.part: ClientEmbedding | None = None
         if vector is not None:
             self.part = ClientEmbedding(vector.width, _room(self.unet, vector.place), vector.start)
@@ -125,6 +129,8 @@ class TextToImage(nn.Module):
         self._opened = {name: parameter for name, parameter in named.items() if opened(name)}
         self._frozen = {name: parameter for name, parameter in named.items() if name not in self._opened}
         self._began = copies(self._opened)
+        if twice := [name for name in (self._deltas.changes() if self._deltas else {}) if name in self._opened]:
+            raise ConfigError(f"delta: {twice[0]} trains itself; freeze the base, or leave out the change beside it")
         self._dtype = self._halved() if half else None
         if recompute:
             self.unet.enable_gradient_checkpointing()
@@ -190,6 +196,7 @@ class TextToImage(nn.Module):
     def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
         """Opened weights and words as the model began with them; adapters are drawn, and add nothing yet."""
         drawn = self._adapters.initial(rng) if self._adapters is not None else {}
+        drawn |= self._deltas.initial() if self._deltas is not None else {}
         own = self.part.initial(rng) if self.part is not None else {}
         return pick({**self._began, **drawn, **self.captions.initial(), **own}, only)
 
@@ -222,9 +229,9 @@ class TextToImage(nn.Module):
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])  # networks are made, and then overwritten
     def folded(self) -> Networks:
-        """Bare copies, on the CPU: adapters and the client's vector are put into the weights.
+        """Bare copies, on the CPU: adapters, changes and the client's vector are put into the weights.
 
-        With adapters they draw the same. With a vector, the same without guidance: here the unconditional half of
+        With the first two they draw the same. With a vector, the same without guidance: here the unconditional half of
         guidance sees the null vector, and a bare U-Net has the client's in both halves.
 
         Raises: ConfigError, for a vector that is a token, and for new words: bare networks have no weights for them.
@@ -236,8 +243,8 @@ class TextToImage(nn.Module):
                 "Export the parts alone, or sample from the run itself"
             )
         weights = {name: value.detach().float().clone() for name, value in _named(self._networks).items()}
-        if self._adapters is not None:
-            for name, change in self._adapters.changes().items():
+        for part in (self._adapters, self._deltas):
+            for name, change in part.changes().items() if part is not None else ():
                 weights[name] += change
         if self.part is not None:
             alone = torch.zeros(1, dtype=torch.bool, device=self.unet.device)
@@ -272,6 +279,7 @@ class TextToImage(nn.Module):
 
     def _parts(self) -> dict[str, nn.Parameter]:
         adapters = self._adapters.live() if self._adapters is not None else {}
+        adapters |= self._deltas.live() if self._deltas is not None else {}
         own = dict(self.part.named_parameters()) if self.part is not None else {}
         return {**self._opened, **adapters, **self.captions.live(), **own}
 
@@ -295,7 +303,7 @@ def _named(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         prefix + (published(bare) if prefix == TEXT else bare): parameter
         for prefix, network in networks.items()
         for name, parameter in network.named_parameters()
-        if (bare := without_lora(name)) is not None
+        if (bare := without_parts(name)) is not None
     }
 
 

@@ -362,7 +362,7 @@ def _model_and_machine(recipe: Recipe) -> list[str]:
     problems = []
     if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):
         problems.append("backbone: exactly one of preset and folder is needed")
-    parts = ("frozen", "half", "recompute", "lora", "words")
+    parts = ("frozen", "half", "recompute", "lora", "delta", "words")
     if recipe.backbone.folder is None and (named := [name for name in parts if getattr(recipe.backbone, name)]):
         problems += [f"backbone.{name}: needs backbone.folder, a text-to-image pipeline" for name in named]
     for table, fields in AT_LEAST.items():

@@ -138,12 +138,13 @@ def _opened(backbone: Backbone, folder: Path) -> Model:
             folder,
             opened,
             lora=backbone.lora,
+            delta=backbone.delta,
             words=backbone.words,
             vector=vector,
             half=backbone.half,
             recompute=backbone.recompute,
         )
-    _refuse(backbone, ("frozen", "lora", "words", *SAVINGS), f"{folder} has no text_encoder")
+    _refuse(backbone, ("frozen", "lora", "delta", "words", *SAVINGS), f"{folder} has no text_encoder")
     return unet.open_folder(
         folder,
         embedding_width=None if embedding is None else embedding.width,

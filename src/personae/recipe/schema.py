@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from personae.core import Method
+from personae.personal.delta import Delta
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 
@@ -79,8 +80,8 @@ class Backbone:
     """A U-Net by `preset`, or any local diffusers folder by `folder`, which then also brings its noise schedule.
 
     A folder may be a text-to-image pipeline of Stable Diffusion's kind. `frozen` keeps all its weights as they are, so
-    that only the parts beside them train: `lora`, `words`, and the embedding, which there may enter at "time" or
-    "token". `half` and `recompute` save memory, as TextToImage says.
+    that only the parts beside them train: `lora`, `delta`, `words`, and the embedding, which there may enter at "time"
+    or "token". `half` and `recompute` save memory, as TextToImage says.
     """
 
     preset: Literal["tiny", "tiny_attention", "small", "paper"] | None = None
@@ -92,6 +93,7 @@ class Backbone:
     embedding: Embedding | None = None
     frozen: bool = False
     lora: Lora | None = None
+    delta: Delta | None = None
     words: Words | None = None
     half: bool = False
     recompute: bool = False

@@ -1,0 +1,99 @@
+"""Changes of a frozen base's weights, each a part of its own: a layer computes with W + delta, and nobody writes to W.
+
+The change of `x.weight` is `delta.x.weight`, of the same shape, in float32, and starts at zero.
+
+Source: what Kumari et al. 2022, Custom Diffusion, arXiv:2212.04488, section 3.1, fine-tune, are keys and values of
+cross-attention; kept as a change here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from personae.errors import ConfigError
+from personae.personal.lora import UNET, without_lora
+
+DELTA = "delta."
+
+Targets = Literal["cross_kv", "cross", "self+cross"]
+
+PATTERNS: Mapping[Targets, str] = {
+    "cross_kv": r".*\.attn2\.(to_k|to_v)",
+    "cross": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+    "self+cross": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+}
+"""Which of the U-Net's layers, as full-match patterns: key, value, query and output of attention."""
+
+ORIGINAL, CHANGE = ".parametrizations.weight.original", ".parametrizations.weight.0.delta"
+"""How torch calls W and its change inside."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Which weights may change."""
+
+    targets: Targets = "cross_kv"
+
+    def __post_init__(self) -> None:
+        if self.targets not in PATTERNS:
+            raise ConfigError(f"delta: targets is {self.targets!r}; expected one of {', '.join(PATTERNS)}")
+
+
+def is_delta(name: str) -> bool:
+    return name.startswith(DELTA)
+
+
+def without_parts(name: str) -> str | None:
+    """The bare model's name of a parameter of one that holds parts; None for a part's own."""
+    return None if name.endswith(CHANGE) else without_lora(name.replace(ORIGINAL, ".weight"))
+
+
+class _Added(nn.Module):
+    """W + delta in float32, in W's own type."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+
+    def forward(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        return (weight.float() + self.delta).to(weight.dtype)
+
+
+class Deltas:
+    """The changes of some networks' weights, which are named by their prefix, such as "unet.".
+
+    Raises: ConfigError, when no layer has the names of the targets.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], options: Delta) -> None:
+        pattern = PATTERNS[options.targets]
+        layers: dict[str, Any] = {
+            UNET + name: layer for name, layer in networks[UNET].named_modules() if re.fullmatch(pattern, name)
+        }
+        if not layers:
+            raise ConfigError(f"delta: {UNET.rstrip('.')} has no layer that targets {options.targets!r} names")
+        self._changes: dict[str, _Added] = {}
+        for name, layer in layers.items():
+            bare = getattr(layer, "base_layer", layer)  # inside an adapter's
+            change = _Added(bare.weight)
+            parametrize.register_parametrization(bare, "weight", change)
+            self._changes[f"{name}.weight"] = change
+
+    def live(self) -> dict[str, nn.Parameter]:
+        return {DELTA + name: change.delta for name, change in self._changes.items()}
+
+    def initial(self) -> dict[str, Tensor]:
+        """Zero: the model starts as it is without them."""
+        return {DELTA + name: torch.zeros_like(change.delta, device="cpu") for name, change in self._changes.items()}
+
+    def changes(self) -> dict[str, Tensor]:
+        """By the name of the weight that each is added to."""
+        return {name: change.delta.detach() for name, change in self._changes.items()}
