@@ -84,7 +84,7 @@ def krum(updates: Iterable[Update], *, attackers: int) -> Arrays:
     Source: Blanchard et al. 2017, arXiv:1703.02757, on models instead of gradients.
     """
     models, f = _received("krum", updates, attackers)
-    return _combined([models[_by_score(_squared_distances(models), f)[0]]], _mean)
+    return _combined([models[by_score(_squared_distances(models), f)[0]]], _mean)
 
 
 def multi_krum(updates: Iterable[Update], *, attackers: int) -> Arrays:
@@ -95,7 +95,7 @@ def multi_krum(updates: Iterable[Update], *, attackers: int) -> Arrays:
     the paper's proof asks that fewer be.
     """
     models, f = _received("multi_krum", updates, attackers)
-    best = _by_score(_squared_distances(models), f)[: len(models) - f]
+    best = by_score(_squared_distances(models), f)[: len(models) - f]
     return _combined([models[k] for k in sorted(best)], _mean)
 
 
@@ -113,7 +113,7 @@ def bulyan(updates: Iterable[Update], *, attackers: int) -> Arrays:
     models, f = _received("bulyan", updates, attackers)
     distances, remaining, chosen = _squared_distances(models), list(range(len(models))), list[int]()
     while len(chosen) < len(models) - 2 * f:
-        best = _by_score(distances[remaining][:, remaining], f)[0]
+        best = by_score(distances[remaining][:, remaining], f)[0]
         chosen.append(remaining.pop(best))
 
     def near_the_median(values: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def geometric_median(updates: Iterable[Update], *, attackers: int = 0) -> Arrays
         products += rows @ rows.T
     near = products.diagonal().isfinite()  # all, unless somebody's float64 overflow when they are squared
     weights = torch.zeros(len(models), dtype=torch.float64)
-    weights[near] = _weiszfeld(products[near][:, near])
+    weights[near] = weiszfeld(products[near][:, near])
 
     def weighted(values: Tensor) -> Tensor:
         """Shapes: values [K, ...]; returns [...]."""
@@ -218,14 +218,14 @@ def _squared_distances(models: Sequence[Arrays]) -> Tensor:
     return total
 
 
-def _by_score(distances: Tensor, f: int) -> list[int]:
+def by_score(distances: Tensor, f: int) -> list[int]:
     """Clients from the best score of Krum to the worst; of equal ones the first by name. Shapes: distances [K, K]."""
     neighbours = max(1, len(distances) - f - 2)
     scores = distances.sort(dim=1).values[:, 1 : 1 + neighbours].sum(1).tolist()  # the nearest is the client itself
     return sorted(range(len(scores)), key=scores.__getitem__)
 
 
-def _weiszfeld(products: Tensor) -> Tensor:
+def weiszfeld(products: Tensor) -> Tensor:
     """The weights of the geometric median.
 
     Shapes: products float64 [K, K], relative to a robust centre; returns [K].
