@@ -49,7 +49,7 @@ DOORS = {
     "dp_accounting": ("privacy/",),
     "flwr": ("engine/flower/", "testing/loopback.py"),
     "torchmetrics": ("evaluate/",),
-    "sklearn.metrics": ("evaluate/",),
+    "sklearn.metrics": ("evaluate/", "aggregate/cluster.py"),
     "fastapi": ("serve/",),
     "typer": ("cli/",),
     "click": ("cli/",),

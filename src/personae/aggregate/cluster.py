@@ -1,0 +1,168 @@
+"""Which clients belong together, and how much each group counts in what is shared by all.
+
+Letters in shapes: `K` clients, `C` clusters, `D` numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from sklearn.metrics import silhouette_score
+from torch import Tensor
+
+from personae.aggregate.low_rank import Adapter, overlap, singular_values
+from personae.errors import ConfigError
+
+Sign = Literal["distinct", "conservative"]
+Trace = Literal["a", "b", "c"]
+
+
+def similarities(
+    descriptors: Float[Tensor, "K D"], adapters: Sequence[Adapter] | None = None, descriptor_share: float = 0.5
+) -> Float[Tensor, "K K"]:
+    """Cosines of descriptors; with adapters, `descriptor_share` of these and the rest from the overlap of B's spaces.
+
+    Raises: ConfigError, when a descriptor is zero or not finite.
+    """
+    lengths = descriptors.double().norm(dim=1)
+    if odd := [k for k, length in enumerate(lengths.tolist()) if not 0 < length < float("inf")]:
+        raise ConfigError(f"the descriptor of client number {odd[0]} is zero or not finite: it says nothing")
+    units = descriptors.double() / lengths[:, None]
+    cosines: Tensor = units @ units.T
+    if adapters is None:
+        return cosines
+    common = torch.tensor(
+        [[sum(overlap(one[name], other[name]) for name in one) / len(one) for other in adapters] for one in adapters]
+    )
+    both: Tensor = descriptor_share * cosines + (1 - descriptor_share) * common.double()
+    return both
+
+
+def clustered(similar: Float[Tensor, "K K"], *, most: int = 8, smallest: int = 3, least: float = 0.15) -> list[int]:
+    """The cluster of each client, numbered from 0 in order of first appearance.
+
+    Average linkage on 1 - similarity, cut into the 2 to `most` clusters of the best mean silhouette, or not at all when
+    that is below `least`. A cluster of fewer than `smallest` joins the one that is nearest on average.
+
+    Our choice: the paper that clusters clients by the likeness of their descriptors does not say how.
+    Raises: ConfigError, for a matrix that is not square and symmetric.
+    """
+    if similar.dim() != 2 or similar.shape[0] != similar.shape[1] or not torch.allclose(similar, similar.T):
+        raise ConfigError(f"similarities are {list(similar.shape)}, expected a symmetric matrix")
+    count = len(similar)
+    apart = (1 - similar.double()).clamp(min=0)
+    apart.fill_diagonal_(0)
+    if count < 3:  # a silhouette needs more
+        return [0] * count
+    far = apart.numpy()
+    tree = linkage(squareform(far, checks=False), "average")
+    best, labels = least, np.zeros(count, dtype=int)
+    for number in range(2, min(most, count - 1) + 1):
+        cut = fcluster(tree, number, "maxclust")
+        if len(set(cut)) > 1 and (score := float(silhouette_score(far, cut, metric="precomputed"))) > best + 1e-9:
+            best, labels = score, cut
+    return _numbered(_joined(labels.tolist(), apart, smallest))
+
+
+def _joined(labels: list[int], apart: Tensor, smallest: int) -> list[int]:
+    """Clusters that are too small, the smallest first, go to the nearest one."""
+    while len(names := sorted(set(labels))) > 1:
+        members = {name: [k for k, label in enumerate(labels) if label == name] for name in names}
+        little = min(names, key=lambda name: (len(members[name]), members[name][0]))
+        if len(members[little]) >= smallest:
+            break
+        others = [name for name in names if name != little]
+        nearest = min(others, key=lambda name: (float(apart[members[little]][:, members[name]].mean()), name))
+        labels = [nearest if label == little else label for label in labels]
+    return labels
+
+
+def _numbered(labels: Sequence[int]) -> list[int]:
+    order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [order[label] for label in labels]
+
+
+# --- how much each cluster counts ----------------------------------------------------------------------------------
+
+
+def domain_distances(centres: Float[Tensor, "C D"]) -> list[float]:
+    """Each cluster's mean of 1 - cosine to the others' centres, 0 to 2; 1 when it is alone.
+
+    The name, domain embedding distance, is that of Li et al. 2025, arXiv:2508.04745; the formula is our reconstruction.
+    """
+    count = len(centres)
+    if count == 1:
+        return [1.0]
+    units = torch.nn.functional.normalize(centres.double(), dim=1)
+    apart = 1 - units @ units.T
+    return [float((apart[c].sum() - apart[c, c]) / (count - 1)) for c in range(count)]
+
+
+def normalized_traces(adapters: Sequence[Adapter], kind: Trace = "a") -> list[float]:
+    """Of each cluster's singular values s_1 to s_R, the mean over layers of
+
+    "a": sum s / (sqrt(R) sqrt(sum s^2)): 1 when they are alike, 1 / sqrt(R) when there is one; scale does not matter;
+    "b": the cluster's part of all clusters' sum s, which grows with scale;
+    "c": sum s / (R s_1).
+
+    The name, SVD normalized trace, is that of Li et al. 2025, arXiv:2508.04745; the formulas are our reconstructions.
+    """
+    layers = list(adapters[0])
+    values = [[singular_values(adapter[layer]) for layer in layers] for adapter in adapters]
+    sums = [[float(s.sum()) for s in row] for row in values]
+    if kind == "b":
+        totals = [sum(column) for column in zip(*sums, strict=True)]
+        parts = [[s / total if total else 1 / len(sums) for s, total in zip(row, totals, strict=True)] for row in sums]
+        return [sum(row) / len(row) for row in parts]
+    found = []
+    for row, traces in zip(values, sums, strict=True):
+        against = [len(s) ** 0.5 * float(s.norm()) if kind == "a" else len(s) * float(s.max()) for s in row]
+        found.append(sum(t / a if a else 0.0 for t, a in zip(traces, against, strict=True)) / len(row))
+    return found
+
+
+def domain_weights(
+    sizes: Sequence[int],
+    distances: Sequence[float],
+    traces: Sequence[float],
+    *,
+    powers: Mapping[Literal["size", "distance", "trace"], float] | None = None,
+    sign: Sign = "distinct",
+) -> list[float]:
+    """Each cluster's share in the stack: size^a g(distance)^b trace^h, summing to 1, none above min(1/2, 3/C).
+
+    g(x) is x for "distinct", where clusters that are alike share what is theirs, and 2 - x for "conservative", where
+    outliers count less; at least 0.05. `powers` are 1/2, 1 and 1 where none are given; 0 takes an ingredient out. What
+    a cluster has above the most goes to the others in proportion.
+
+    Our reconstruction: of Li et al. 2025, arXiv:2508.04745, only the two ingredients' names are known to us.
+    """
+    own = {"size": 0.5, "distance": 1.0, "trace": 1.0, **(powers or {})}
+    toward = [max(0.05, x if sign == "distinct" else 2 - x) for x in distances]
+    raw = [
+        size ** own["size"] * g ** own["distance"] * trace ** own["trace"]
+        for size, g, trace in zip(sizes, toward, traces, strict=True)
+    ]
+    whole = sum(raw)
+    if not whole:
+        return [1 / len(raw)] * len(raw)
+    return _capped([value / whole for value in raw], max(1 / len(raw), min(0.5, 3 / len(raw))))
+
+
+def _capped(shares: Sequence[float], most: float) -> list[float]:
+    """The excess of those above goes to those below in proportion, until none is above."""
+    held, result = set[int](), list(shares)
+    while over := [c for c, share in enumerate(result) if share > most + 1e-12 and c not in held]:
+        held |= set(over)
+        free = [c for c in range(len(result)) if c not in held]
+        left, below = 1 - most * len(held), sum(shares[c] for c in free)
+        result = [
+            most if c in held else (shares[c] / below * left if below else left / len(free)) for c in range(len(result))
+        ]
+    return result
