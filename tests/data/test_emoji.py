@@ -301,3 +301,11 @@ def test_a_sheet_with_other_pixels(changed):
 def test_a_missing_file(monkeypatch):
     with pytest.raises(DataError, match=r"lacks nothing\.png"):
         module._content("nothing.png")
+
+
+def test_other_words_may_be_said_of_all():
+    images = emoji(["noto", "twemoji"], "held_out", wording="a <own> drawing of {thing}").images
+    plain = emoji(["noto", "twemoji"], "held_out", told=False).images
+    assert images.captions == tuple(text.replace("a drawing", "a <own> drawing") for text in plain.captions)
+    with pytest.raises(ConfigError, match="says the same of every emoji"):
+        emoji(wording="a <own>")

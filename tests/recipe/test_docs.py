@@ -43,7 +43,7 @@ KINDS = {
     **dict(tables(Recipe, "")),
     **METHODS,
     **{f"[wrap.{name}]": kind for name, kind in WRAPPERS.items()},
-    "[method.training], [method.adapt], [method.tail]": Training,
+    "[method.training], [method.adapt], [method.tail], [method.words]": Training,
     "Studies": StudyRecipe,
     "[machine] of a study": StudyMachine,
 }

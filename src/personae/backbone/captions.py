@@ -5,6 +5,7 @@ Letters in shapes: `B` texts, `L` tokens, `D` width of a token's vector, `P` wid
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,27 @@ class Captions(nn.Module):
         if self.zeros_for_empty:
             found = [value.masked_fill(unconditional.view(-1, *[1] * (value.dim() - 1)), 0) for value in found]
         return found
+
+    def brought(self, captions: Sequence[str]) -> Float[Tensor, " D"]:
+        """What new words bring into captions, whatever else these say: how far the means of their tokens' vectors are
+        from those with the word that each new one started from. Averaged over captions, of unit length.
+
+        Raises: ConfigError, when no caption says a new word, or words are as they started.
+        """
+        words = [word for each in self._words() for word in each.options.words]
+        starts = {word: each.options.start for each in self._words() for word in each.options.words}
+        said = [text for text in captions if any(word in text.lower() for word in words)]
+        plain = list(said)
+        for word, start in starts.items():
+            plain = [re.sub(re.escape(word), start, text, flags=re.IGNORECASE) for text in plain]
+        if not said:
+            raise ConfigError(f"no caption says {' or '.join(words) or 'a new word'}: there is nothing to describe")
+        conditional = torch.zeros(len(said), dtype=torch.bool, device=next(self.parameters()).device)
+        own, without = (self(texts, conditional)[0].float().mean(1).mean(0) for texts in (said, plain))
+        difference = own - without
+        if not difference.norm() > 0:
+            raise ConfigError(f"{' and '.join(words)} are still the words that they started from; train them first")
+        return difference / difference.norm()
 
     def check(self, captions: Sequence[str]) -> None:
         """Raises: ConfigError, when a caption is longer than the encoders read."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,6 +189,15 @@ class TextToImage(nn.Module):
             return self.unet(x, t, encoder_hidden_states=text, added_cond_kwargs=also).sample.to(x_t.dtype)
         finally:
             self._added = None
+
+    @torch.no_grad()
+    def describe(self, captions: Sequence[str]) -> Float[Tensor, " D"]:
+        """What the new words bring into these captions, as `Captions.brought` says. On the CPU.
+
+        Raises: ConfigError.
+        """
+        self.captions.forget()
+        return self.captions.brought(captions).cpu()
 
     def _add(self, _: nn.Module, inputs: tuple[Any, ...], output: Float[Tensor, "B V"]) -> Float[Tensor, "B V"] | None:
         return None if self._added is None else output + self._added.to(output.dtype)

@@ -185,16 +185,22 @@ def _sheet(index: Mapping[str, Any], style: Mapping[str, Any], num_things: int) 
 
 
 def emoji(
-    styles: Sequence[str] = SEEN_STYLES, names: str = "seen", seed: int | None = None, told: bool = True
+    styles: Sequence[str] = SEEN_STYLES,
+    names: str = "seen",
+    seed: int | None = None,
+    told: bool = True,
+    wording: str | None = None,
 ) -> Source:
     """Every named thing once in every style, style by style, in the order of names.
 
     Labels are places among all names, whichever are asked for, so that they mean the same at every call. Attribute a is
     1 where the picture is in the style `attribute_names[a]`. Captions read "a cartoon drawing of a dog"; a seed varies
     them over TEMPLATES. Unless the style is `told`, they read "a drawing of a dog".
+    A `wording` takes their place, with {thing} for "a dog".
 
     Shapes: pixels uint8 [N, 3, 32, 32], attributes [N, A]; N is 798 per style for "seen", 212 for "held_out".
-    Raises: ConfigError, when a style or `names` is unknown; DataError, when the pack is damaged.
+    Raises: ConfigError, when a style or `names` is unknown, or a wording has no {thing}; DataError, when the pack is
+    damaged.
     Source: Noto Emoji, Fluent Emoji, EmojiOne 2, Twemoji; see packs/emoji/NOTICE.
     """
     _check_styles(styles)
@@ -202,7 +208,12 @@ def emoji(
     order = {name: place for place, name in enumerate(whole.things)}
     rows = torch.tensor([order[name] for name in chosen])
     pixels = torch.cat([whole.pixels[style][rows] for style in styles])
-    captions = tuple(caption(style if told else None, name, seed) for style in styles for name in chosen)
+    if wording is None:
+        captions = tuple(caption(style if told else None, name, seed) for style in styles for name in chosen)
+    elif "{thing}" in wording:
+        captions = tuple(wording.replace("{thing}", whole.things[name].phrase) for name in chosen) * len(styles)
+    else:
+        raise ConfigError(f"the wording {wording!r} says the same of every emoji; put {{thing}} where its name belongs")
     return Source(
         Images(pixels, rows.repeat(len(styles)), captions),
         tuple(whole.things),

@@ -160,6 +160,8 @@ def _source(data: Data) -> Source:
     if needed:
         raise ConfigError(f"source {data.source!r} needs data.{' and data.'.join(needed)}")
     options = {arguments[name]: value for name, value in given.items()}
+    if data.caption is not None and "wording" in taken:
+        options["wording"] = data.caption
     return load(**options)
 
 

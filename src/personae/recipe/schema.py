@@ -42,8 +42,8 @@ class Data:
 
     `heldout` is the share of each client's images that is only measured on, `heldout_new` that of a new client's where
     it is another one. `pooled` trains on everybody's images in one place, as a reference. `caption` is said of images
-    that come without one, for models that read captions. `styles` and `names` are for "emoji" and "scenes", `told` for
-    "emoji" alone, `style` and `person` for "identity".
+    that come without one, for models that read captions, and of "emoji" in place of their own. `styles` and `names` are
+    for "emoji" and "scenes", `told` for "emoji" alone, `style` and `person` for "identity".
     """
 
     source: Literal["digits", "mnist5k", "fashion", "faces", "emoji", "scenes", "identity", "clients", "folder"]

@@ -42,8 +42,7 @@ def check_method(method: Method, population: Population | None = None, *, alone:
     - `aggregate` leaves its arguments alone, remembers nothing, and ignores the order of the updates;
     - `local` leaves its arguments alone and remembers nothing;
     - every state survives being written and read;
-    - `personalize` sends nothing, changes nothing, and returns what a model can be loaded with: personal names only,
-      where the method has any;
+    - `personalize` sends nothing, changes nothing, and returns what a model can be loaded with;
     - newcomers who personalize in one batch get what each would get alone, where the personal part is per client; of
       other methods this is refused;
     - the same seed gives the same bits;
@@ -203,12 +202,6 @@ def personalize_only_returns(method: Method, population: Population) -> None:
         )
         changed = differing_states(released_before, released) + differing_states(own_before, own)
         require(not changed, "`personalize` leaves its arguments alone", f"for {name!r} it changed {some(changed)}")
-        foreign = sorted(n for n in personal.params if any(map(method.personal, names)) and not method.personal(n))
-        require(
-            not foreign,
-            "a method with a personal part personalizes that part only",
-            f"for {name!r} it also returned {some(foreign)}",
-        )
         lost = sorted(names - personal.params.keys() - released.params.keys())
         require(
             not lost,

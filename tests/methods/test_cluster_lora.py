@@ -1,0 +1,173 @@
+"""Adapters by style: words stay at home, groups are found and keep their own adapters, newcomers find theirs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from personae.aggregate.adapters import shares_of
+from personae.aggregate.low_rank import LowRank, read, stacked, written
+from personae.aggregate.mean import mean
+from personae.backbone.text2image import TextToImage
+from personae.core import ClientData, Images, State, Training, Update, nothing, pick, stream
+from personae.engine.population import Population
+from personae.engine.rounds import Arriving
+from personae.errors import ConfigError
+from personae.methods import ClusterLora
+from personae.personal.lora import Lora, is_lora
+from personae.personal.tokens import Words, is_word
+from personae.testing import check_method
+from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
+
+TRAINING = Training(2, 0.01, 2)
+METHOD = ClusterLora(TRAINING, Training(2, 0.05, 2), TRAINING, smallest_cluster=1, descriptor_width=8)
+
+
+@pytest.fixture
+def make(tmp_path):
+    def made(**parts):
+        given = {"lora": Lora(2), "words": Words(("<own>",), "drawing"), **parts}
+        return TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE, nothing, **given)
+
+    return made
+
+
+@pytest.fixture
+def population(make):
+    def images(name, seed):
+        pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=stream(seed, name))
+        return Images(pixels, captions=("a <own> of a dog", "a <own> of a cat", "a dog", "a <own>"))
+
+    names = ("c0", "c1", "c2", "n0")
+    data = {name: ClientData(images(name, 0), images(name, 1)) for name in names}
+    return Population(make(), data, names[:3], names[3:])
+
+
+@pytest.mark.parametrize("inside", ["nearest", "common_A"])
+def test_the_contracts(population, inside):
+    check_method(replace(METHOD, inside=inside), population)
+
+
+def drawn(seed, like, rank=2):
+    return {
+        layer: LowRank(
+            torch.randn(change.B.shape[0], rank, generator=stream(seed, layer, "B")),
+            torch.randn(rank, change.A.shape[1], generator=stream(seed, layer, "A")),
+        )
+        for layer, change in like.items()
+    }
+
+
+def updates_of(adapters, descriptors, examples=4):
+    found = [
+        Update(name, examples, State(written(adapter), {"descriptor": descriptors[name]}))
+        for name, adapter in sorted(adapters.items())
+    ]
+    return Arriving(iter(found), mean)
+
+
+AXES = torch.eye(8)
+STYLES = {"a0": AXES[0], "a1": AXES[0], "b0": AXES[1], "b1": AXES[1], "b2": AXES[1]}
+
+
+def close(one, other):
+    return all(torch.allclose(one[layer].dense(), other[layer].dense(), atol=1e-4) for layer in other)
+
+
+def test_groups_are_combined_inside_and_stacked_across(make):
+    method = METHOD
+    server = method.init(make().initial(stream(0)))
+    start = read(server.params)
+    assert method.release(server).params.keys() == server.params.keys()
+    adapters = {name: drawn(k, start) for k, name in enumerate(STYLES)}
+    after = method.aggregate(server, updates_of(adapters, STYLES))
+    groups = {name: after.facts[f"cluster of {name}"] for name in STYLES}
+    assert groups == {"a0": 0, "a1": 0, "b0": 1, "b1": 1, "b2": 1}
+    sent = read(method.broadcast(after, "a1").params)
+    exact = stacked([adapters["a0"], adapters["a1"]], shares_of([4, 4]))
+    rest = read({n.removeprefix("rest.0."): v for n, v in after.extras.items() if n.startswith("rest.0.")})
+    assert close(stacked([sent, rest], [1, 1]), exact), "what has no room is carried"
+    released = method.release(after)
+    shares = [after.facts["share 0"], after.facts["share 1"]]
+    assert sum(shares) == pytest.approx(1)
+    assert close(read(released.params), stacked([sent, read(method.broadcast(after, "b0").params)], shares))
+    assert next(iter(read(released.params).values())).rank == 4
+    assert not any(name.startswith("seen.") for name in released.extras), "descriptions of clients stay on the server"
+    assert read(method.broadcast(after, "stranger").params).keys() == start.keys()
+
+
+def test_a_group_of_which_nobody_came_stays_as_it_is_and_others_keep_their_place(make):
+    server = METHOD.init(make().initial(stream(0)))
+    start = read(server.params)
+    first = METHOD.aggregate(server, updates_of({name: drawn(k, start) for k, name in enumerate(STYLES)}, STYLES))
+    second = METHOD.aggregate(first, updates_of({"b1": drawn(9, start)}, STYLES))
+    assert second.facts["round"] == 2
+    untouched, moved = (METHOD.broadcast(second, name).params for name in ("a0", "b0"))
+    assert all(torch.equal(untouched[n], v) for n, v in METHOD.broadcast(first, "a0").params.items())
+    assert any(not torch.equal(moved[n], v) for n, v in METHOD.broadcast(first, "b0").params.items())
+    late = METHOD.aggregate(second, updates_of({"0late": drawn(11, start)}, {"0late": AXES[1]}))
+    assert late.facts["cluster of 0late"] == late.facts["cluster of b0"] and late.facts["clusters"] == 2
+    again = METHOD.broadcast(late, "a0").params
+    assert all(torch.equal(again[n], v) for n, v in untouched.items()), "members decide, not numbers"
+
+
+@pytest.mark.parametrize("inside", ["factor_mean", "corrected_mean", "geometric_median", "multi_krum"])
+def test_other_rules_inside(make, inside):
+    method = replace(METHOD, inside=inside, most_clusters=1)
+    server = method.init(make().initial(stream(0)))
+    start = read(server.params)
+    same = drawn(1, start)
+    after = method.aggregate(server, updates_of(dict.fromkeys(STYLES, same), STYLES))
+    assert after.facts["clusters"] == 1 and close(read(method.broadcast(after, "a0").params), same)
+    assert close(read(method.release(after).params), same)
+
+
+def test_a_newcomer_takes_the_group_that_it_is_like(population, make, monkeypatch):
+    server = METHOD.init(population.initial(0))
+    start = read(server.params)
+    after = METHOD.aggregate(server, updates_of({name: drawn(k, start) for k, name in enumerate(STYLES)}, STYLES))
+    released = METHOD.release(after)
+    for axis, member in ((0, "a0"), (1, "b0")):
+        monkeypatch.setattr(ClusterLora, "_introduced", lambda self, client, adapter, axis=axis: AXES[axis])
+        client = population.client("n0", "personalize", 0)
+        client.model.load({**pick(client.model.params(), is_word), **released.params})
+        still = replace(METHOD, adapt=Training(0, 0.01, 2))
+        params = still.personalize(client, released, State()).params
+        expected = METHOD.broadcast(after, member).params
+        assert all(torch.equal(params[name], value) for name, value in expected.items())
+
+
+def test_words_are_learned_once_beside_the_bare_base(population):
+    server = METHOD.init(population.initial(0))
+    client = population.client("c0", 1, 0)
+    client.model.load({**server.params, **client.model.captions.initial()})
+    update, kept = METHOD.local(client, server, State())
+    assert set(kept.params) == {"tokens.<own>"} and all(map(is_lora, update.sent.params))
+    assert kept.extras["descriptor"].norm() == pytest.approx(1) and len(kept.extras["descriptor"]) == 8
+    client = population.client("c0", 2, 0)
+    client.model.load({**server.params, **kept.params})
+    _, later = METHOD.local(client, server, kept)
+    assert torch.equal(later.params["tokens.<own>"], kept.params["tokens.<own>"])
+
+
+@pytest.mark.parametrize("parts", [{"words": None}, {"lora": None}])
+def test_a_model_without_adapters_or_words_is_refused(make, parts):
+    with pytest.raises(ConfigError, match="cluster_lora trains adapters and words"):
+        METHOD.init(make(**parts).initial(stream(0)))
+
+
+def test_captions_without_the_word_say_nothing_of_the_client(make):
+    model = make()
+    with pytest.raises(ConfigError, match="no caption says <own>"):
+        model.describe(("a dog",))
+    with pytest.raises(ConfigError, match="train them first"):
+        model.describe(("a <own> of a dog",))
+    model.load({**model.initial(stream(0)), "tokens.<own>": torch.ones(1, 16)})
+    one, other = model.describe(("a <own> of a dog",)), model.describe(("a <OWN> of a cat", "a tree"))
+    assert one.norm() == pytest.approx(1) and float(one @ other) > 0.9
+
+
+@pytest.mark.parametrize("values", [{"inside": "best"}, {"most_clusters": 0}])
+def test_bad_options_are_refused(values):
+    with pytest.raises(ConfigError, match="expected"):
+        replace(METHOD, **values)
