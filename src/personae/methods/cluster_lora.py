@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from personae.aggregate import adapters as rules
-from personae.aggregate.low_rank import A, Adapter, B, LowRank, read, stacked, written
+from personae.aggregate.low_rank import A, Adapter, B, LowRank, read, recompressed, stacked, written
 from personae.core import Arrays, Client, Facts, Select, State, Training, Update, Updates, pick, stream
 from personae.errors import ConfigError
 from personae.local.fit import Fitted, fit
@@ -114,7 +114,7 @@ class ClusterLora:
         shares = self._shares([list(groups.values()).count(c) for c in range(count)], clusters, extras)
         ranks = {name: value.shape[0] for name, value in server.params.items() if name.endswith(A)}
         everyone = stacked(clusters, shares)
-        shared = {layer: rules.recompressed(change, ranks[layer + A]) for layer, change in everyone.items()}
+        shared = {layer: recompressed(change, ranks[layer + A]) for layer, change in everyone.items()}
         if self.inside == "common_A":  # their weighted mean, beside the same A
             shared = rules.common_A(clusters, shares)
         facts: Facts = {
@@ -204,8 +204,7 @@ class ClusterLora:
         if len(whole) <= self.descriptor_width:
             return torch.as_tensor(whole)
         rows = torch.randn(len(whole), self.descriptor_width, generator=stream(0, "projection of descriptors"))
-        seen: Tensor = torch.linalg.qr(rows)[0].T @ whole
-        return seen / seen.norm()
+        return torch.nn.functional.normalize(torch.linalg.qr(rows)[0].T @ whole, dim=0)
 
     def _fit_adapter(self, client: Client, how: Training) -> Fitted:
         trains = is_lora if self.inside != "common_A" else (lambda name: name.endswith(B))
@@ -248,7 +247,8 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.T)[0].T.contiguous()
+    columns: Tensor = torch.linalg.qr(rows.T)[0]
+    return columns.T.contiguous()
 
 
 def _heirs(before: Mapping[str, int], groups: Mapping[str, int], count: int) -> list[int | None]:
