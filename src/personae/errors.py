@@ -33,6 +33,10 @@ class ArtefactError(PersonaeError):
     exit_code = 5
 
 
+class RefusedPacket(ArtefactError):
+    """A half-drawn picture from another machine was refused before anything was drawn on it."""
+
+
 class FederationError(PersonaeError):
     """A round could not be completed."""
 

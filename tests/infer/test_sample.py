@@ -1,17 +1,37 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from personae.backbone.mixture import MixtureDenoiser
 from personae.backbone.mlp import MLPDenoiser
 from personae.backbone.schedule import schedule
 from personae.core import Batch, Images, stream
 from personae.errors import ConfigError
-from personae.infer.sample import SAMPLERS, check_steps, sample, sample_together, to_bytes
+from personae.infer.sample import sample, sample_together, to_bytes
+from personae.infer.samplers import SAMPLERS, check_steps, scheduler_for
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
 # diffusers' DPM-Solver hands torch tensors to numpy in a way that numpy is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+PLAIN = ("ddpm", "ddim", "dpmsolver++")
+"""Those that call the model once a step, at whole times."""
+
+ANY_SCHEDULE = [name for name, kind in SAMPLERS.items() if kind.most is None]
 
 
 def made(num_timesteps=40, *, prediction_type="epsilon", clip_sample=True):
@@ -48,7 +68,7 @@ def test_every_sampler_is_the_one_of_diffusers(sampler, steps, prediction_type):
     assert torch.equal(sample(model, 3, stream(1), sampler=sampler, steps=steps), expected)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", PLAIN)
 @pytest.mark.parametrize("steps", [1, 8, 40])
 def test_sampling_starts_where_training_is_noisiest(monkeypatch, sampler, steps):
     model, seen = made(), []
@@ -67,6 +87,57 @@ def test_steps_that_leave_a_remainder_are_refused(sampler, steps, near):
         check_steps(sampler, steps, 1000)
 
 
+OTHERS = {
+    "ddim_eta1": lambda: DDIMScheduler(**COMMON, clip_sample=False),
+    "euler": lambda: EulerDiscreteScheduler(**COMMON),
+    "euler_ancestral": lambda: EulerAncestralDiscreteScheduler(**COMMON),
+    "heun": lambda: HeunDiscreteScheduler(**COMMON),
+    "lms": lambda: LMSDiscreteScheduler(**COMMON),
+    "pndm": lambda: PNDMScheduler(**COMMON, skip_prk_steps=True),
+    "lcm": lambda: LCMScheduler(**BETAS),
+    "deis": lambda: DEISMultistepScheduler(**COMMON),
+    "unipc": lambda: UniPCMultistepScheduler(**COMMON),
+    "dpmsolver++_karras": lambda: DPMSolverMultistepScheduler(**COMMON, use_karras_sigmas=True),
+    "dpmsolver++_2s": lambda: DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True),
+    "dpmsolver++_3m": lambda: DPMSolverMultistepScheduler(**COMMON, solver_order=3),
+    "sde-dpmsolver++": lambda: DPMSolverMultistepScheduler(**COMMON, algorithm_type="sde-dpmsolver++"),
+}
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+COMMON = {**BETAS, "timestep_spacing": "trailing"}
+
+
+def test_nobody_is_left_out():
+    assert {*PLAIN, *OTHERS} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_every_sampler_has_the_noise_levels_of_training(sampler, beta_schedule):
+    trained = schedule(beta_schedule=beta_schedule, prediction_type="v_prediction", clip_sample=False)
+    scheduler = scheduler_for(sampler, trained, 20)
+    assert torch.equal(scheduler.alphas_cumprod, trained.alpha_bar)
+    assert scheduler.config.prediction_type == "v_prediction" and not scheduler.config.get("clip_sample")
+
+
+@pytest.mark.parametrize("sampler", OTHERS)
+def test_the_others_are_those_of_diffusers_too(sampler):
+    """On a mixture whose score is known they also find its points."""
+    model = MixtureDenoiser(torch.tensor([[4.0, 0.0], [-4.0, 0.0]]), schedule(clip_sample=False))
+    model.load(model.initial(stream(0)))
+    found, rng, scheduler = sample(model, 200, stream(1), sampler=sampler, steps=20), stream(1), OTHERS[sampler]()
+    scheduler.set_timesteps(20)
+    x_t = torch.randn(200, 2, generator=rng) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        cond = model.condition(Batch(x_t, torch.zeros(200, dtype=torch.bool)))
+        scaled = scheduler.scale_model_input(x_t, t)
+        options = {"generator": rng} if SAMPLERS[sampler].draws else {}
+        options |= {"eta": 1.0} if sampler == "ddim_eta1" else {}
+        x_t = scheduler.step(model.forward(scaled, t.long().repeat(200), cond), t, x_t, **options).prev_sample
+    assert torch.equal(found, x_t)
+    near = 1.5 if sampler == "lcm" else 0.4  # made for models that were distilled
+    assert found[:, 0].abs().mean() == pytest.approx(4, abs=near) and abs((found[:, 0] > 0).float().mean() - 0.5) < 0.15
+
+
 def test_a_count_of_steps_that_diffusers_rounds_below_zero_still_ends_in_images():
     """61 steps of 1000: without care the mixture's points all end near 0."""
     means = torch.tensor([[4.0, 0.0], [-4.0, 0.0]])
@@ -78,7 +149,7 @@ def test_a_count_of_steps_that_diffusers_rounds_below_zero_still_ends_in_images(
     assert images[:, 1].std() == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ANY_SCHEDULE)
 def test_the_generator_decides_and_the_global_one_is_left_alone(sampler):
     model = made()
     state = torch.get_rng_state()
@@ -87,7 +158,7 @@ def test_the_generator_decides_and_the_global_one_is_left_alone(sampler):
     assert torch.equal(first, again) and not torch.allclose(first, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ANY_SCHEDULE)
 def test_batches_follow_each_other_from_one_generator(sampler):
     model, rng = made(), stream(1)
     whole = sample(model, 5, stream(1), sampler=sampler, steps=5, batch_size=2)
@@ -128,10 +199,11 @@ def test_only_guidance_costs_a_second_pass(monkeypatch, options, passes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, r"'euler'; expected one of ddpm, ddim, dpmsolver\+\+"),
+        ({"sampler": "eular"}, r"'eular'; expected one of ddpm, ddim, .*, sde-dpmsolver\+\+"),
         ({"num_images": 0}, "0 images were asked for, expected at least 1"),
         ({"steps": 0}, "0 sampling steps were asked for, expected 1 to 40"),
         ({"steps": 41}, "41 sampling steps were asked for, expected 1 to 40"),
+        ({"sampler": "lcm"}, "lcm takes at most 50 steps, of at least 50 timesteps"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ],
 )
@@ -167,7 +239,7 @@ def alone_and_together(model, count, seeds=(1, 2, 3), **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"unconditional": True}], ids=["own", "guided", "null"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ANY_SCHEDULE)
 def test_every_client_draws_what_it_would_draw_alone(sampler, options):
     alone, together = alone_and_together(made(), 4, sampler=sampler, steps=8, **options)
     assert together.shape == (3, 4, 1, 2, 2)

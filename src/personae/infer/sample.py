@@ -6,43 +6,15 @@ Letters in shapes: `B` batch, `N` images, `*X` an image or a vector; a name in b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from personae.core import Batch, Cond, Denoiser, device_of
+from personae.core import Batch, Denoiser, device_of
 from personae.errors import ConfigError
+from personae.infer.samplers import Sampler, check_steps, kind_of, scheduler_for, walk
 from personae.personal.embedding import clients_in
-
-Sampler = Literal["ddpm", "ddim", "dpmsolver++"]
-
-SAMPLERS = {
-    "ddpm": (DDPMScheduler, {"timestep_spacing": "trailing"}),
-    "ddim": (DDIMScheduler, {"timestep_spacing": "trailing"}),
-    "dpmsolver++": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "timestep_spacing": "trailing", "final_sigmas_type": "zero"},
-    ),
-}
-
-
-def check_steps(sampler: Sampler, steps: int, num_timesteps: int) -> None:
-    """Raises: ConfigError, when the steps are out of range, or do not divide the timesteps evenly for DDPM and DDIM.
-
-    diffusers' DDPM and DDIM go down by whole strides of T // steps: with a remainder the last steps would remove less
-    noise than the schedule says, and every image would come out paler without a word.
-    """
-    if not 1 <= steps <= num_timesteps:
-        raise ConfigError(f"{steps} sampling steps were asked for, expected 1 to {num_timesteps}")
-    if sampler != "dpmsolver++" and num_timesteps % steps:
-        near = sorted((n for n in range(1, num_timesteps + 1) if num_timesteps % n == 0), key=lambda n: abs(n - steps))
-        raise ConfigError(
-            f"{steps} sampling steps do not divide the {num_timesteps} timesteps, which {sampler} needs; "
-            f"take {near[0]} or {near[1]}, or the sampler dpmsolver++"
-        )
 
 
 def sample(
@@ -96,8 +68,7 @@ def sample_together(
 
     Raises: ConfigError, when an argument is out of range, or the model holds another number of clients.
     """
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
+    kind = kind_of(sampler)
     if num_images < 1:
         raise ConfigError(f"{num_images} images were asked for, expected at least 1")
     check_steps(sampler, steps, model.schedule.num_timesteps)
@@ -107,24 +78,23 @@ def sample_together(
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     if (held := clients_in(model.live())) != len(rngs):
         raise ConfigError(f"the model holds {held} clients, and {len(rngs)} generators were given; give one for each")
-    kind, options = SAMPLERS[sampler]
     device = device_of(model)
     nulls = [unconditional] if unconditional or guidance == 1.0 else [False, True]
     model.train(False)
     groups = []
-    for clients in torch.arange(len(rngs)).split(max(1, batch_size // num_images)):
+    for clients in torch.arange(len(rngs)).split(1 if kind.alone else max(1, batch_size // num_images)):
         own, parts = [rngs[client] for client in clients.tolist()], []
         for start in range(0, num_images, batch_size):
             count = min(batch_size, num_images - start)
-            scheduler = kind.from_config(dict(model.schedule.config), **options)  # type: ignore[attr-defined]
-            scheduler.set_timesteps(steps)
-            x_t = torch.cat([torch.randn(count, *model.sample_shape, generator=rng) for rng in own]).to(device)
+            scheduler = scheduler_for(sampler, model.schedule, steps)
+            noise = torch.cat([torch.randn(count, *model.sample_shape, generator=rng) for rng in own])
+            x_t = noise.to(device) * scheduler.init_noise_sigma
             rows = clients.to(device).repeat_interleave(count)
             told = tuple(captions[start : start + count]) * len(own)
             conds = [
                 model.condition(Batch(x_t, torch.full((len(x_t),), null, device=device), told, rows)) for null in nulls
             ]
-            x_0 = _denoised(model, scheduler, x_t, conds, guidance, own)
+            x_0 = walk(model, kind, scheduler, x_t, conds, guidance, own)
             parts.append(model.decode(x_0).float().cpu().unflatten(0, (len(own), count)))
         groups.append(torch.cat(parts, dim=1))
     return torch.cat(groups)
@@ -154,28 +124,6 @@ def latents_at_once(model: Denoiser) -> int:
     """How many go through a latent model together while nothing trains: of large ones only a few have room."""
     _, height, width = model.sample_shape
     return max(1, 2**15 // (height * width))
-
-
-def _denoised(
-    model: Denoiser,
-    scheduler: Any,
-    x_t: Float[Tensor, " B *X"],
-    conds: Sequence[Cond],
-    guidance: float,
-    rngs: Sequence[torch.Generator],
-) -> Float[Tensor, " B *X"]:
-    """All steps of the scheduler. With two conditions, the client's and the null one, the prediction is guided."""
-    # For some counts, 61 of 1000 for example, rounding makes diffusers append a step at -1.
-    for t in scheduler.timesteps[scheduler.timesteps >= 0].tolist():
-        times = torch.full((len(x_t),), t, dtype=torch.long, device=x_t.device)
-        predictions = [model.forward(x_t, times, cond) for cond in conds]
-        guided = predictions[0] if len(predictions) == 1 else predictions[1].lerp(predictions[0], guidance)
-        if isinstance(scheduler, DDPMScheduler):  # it draws noise: each client's from its own generator
-            each = zip(guided.chunk(len(rngs)), x_t.chunk(len(rngs)), rngs, strict=True)
-            x_t = torch.cat([scheduler.step(own, t, x, generator=rng).prev_sample for own, x, rng in each])
-        else:
-            x_t = scheduler.step(guided, t, x_t).prev_sample
-    return x_t
 
 
 def to_bytes(images: Float[Tensor, " N *X"]) -> UInt8[Tensor, " N *X"]:

@@ -357,7 +357,7 @@ AT_LEAST = {
 
 
 def _model_and_machine(recipe: Recipe) -> list[str]:
-    from personae.infer.sample import check_steps
+    from personae.infer.samplers import check_steps
 
     problems = []
     if (recipe.backbone.preset is None) == (recipe.backbone.folder is None):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from personae.core import Method
+from personae.infer.samplers import Sampler
 from personae.personal.delta import Delta
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
@@ -135,7 +136,7 @@ class Federation:
 class Sampling:
     """How images are drawn. `steps` are sampler steps."""
 
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddim"
+    sampler: Sampler = "ddim"
     steps: int = 50
     guidance: float = 1.0
 

@@ -1,0 +1,176 @@
+"""Two halves are the whole in the same bits, whoever samples; a packet that is not what it has to be is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from personae.artefact.save import state_bytes
+from personae.backbone.text2image import TextToImage
+from personae.core import State, nothing, stream
+from personae.errors import ConfigError, RefusedPacket
+from personae.infer.sample import sample
+from personae.infer.samplers import SAMPLERS
+from personae.infer.split import Plan, begin, calls_of, finish, sealed, unsealed
+from personae.personal.lora import Lora
+from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
+
+CAPTIONS = ("a dog", "a drawing of a cat")
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return TextToImage(tiny_networks(tmp_path_factory.mktemp("split") / "tokenizer"), SCHEDULE)
+
+
+def whole(model, sampler):
+    return sample(model, 2, stream(1), sampler=sampler, steps=STEPS, guidance=3.0, captions=CAPTIONS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_halves_are_the_whole_in_the_same_bits(model, sampler):
+    calls, expected = calls_of(model, sampler, STEPS), whole(model, sampler)
+    for at in sorted({0, 1, 2, 5, 8, calls - 1, calls}):
+        plan = Plan(sampler, STEPS, at)
+        packet = unsealed(sealed(begin(model, CAPTIONS, plan, stream(1))))
+        assert torch.equal(finish(model, CAPTIONS, plan, packet), expected), at
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3])
+def test_the_client_saves_its_share_of_calls(model, monkeypatch, share):
+    plan, seen = Plan("dpmsolver++", 20, round(20 * share), guidance=1.0), []
+    packet = begin(model, CAPTIONS, plan, stream(1))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *given: seen.append(1) or forward(*given))
+    finish(model, CAPTIONS, plan, packet)
+    assert len(seen) == 20 * (1 - share)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_little_travels_beside_latents_and_history_and_no_words(model, sampler):
+    plan = Plan(sampler, 50 if sampler != "ddim" else 40, 15)
+    packet = begin(model, ("a secret",) * 2, plan, stream(1))
+    data = sealed(packet, lambda content: b"x" * 64)
+    assert len(data) - packet.num_bytes() + len(str(packet.facts)) <= 1024 + 300 * (sampler == "dpmsolver++")
+    stated = {"ddim": 1, "euler": 1, "dpmsolver++": 3}[sampler]
+    assert sum(value.numel() for value in packet.extras.values()) == stated * 2 * 4 * 4 * 4
+    assert b"secret" not in data
+
+
+def test_the_late_half_is_ones_own(model, tmp_path):
+    """The server's adapter draws the first steps, the client's the rest, from the client's own words."""
+    personal = TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE, nothing, lora=Lora(2))
+    personal.load({n: 0.3 * torch.randn(v.shape, generator=stream(2, n)) for n, v in personal.params().items()})
+    plan = Plan("dpmsolver++", STEPS, 3)
+    packet = begin(model, ("a dog", "a cat"), plan, stream(1))
+    own = finish(personal, CAPTIONS, plan, packet)
+    assert not torch.allclose(own, finish(model, CAPTIONS, plan, packet), atol=1e-3)
+    assert not torch.allclose(own, whole(personal, "dpmsolver++"), atol=1e-3)
+
+
+def test_several_requests_in_one_batch_are_each_as_alone(model):
+    plan = Plan("dpmsolver++", STEPS, 3)
+    together = finish(model, CAPTIONS, plan, begin(model, CAPTIONS, plan, stream(1)))
+    first = finish(model, CAPTIONS[:1], plan, begin(model, CAPTIONS[:1], plan, stream(1)))
+    assert torch.allclose(together[:1], first, atol=1e-3)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+PLAN = Plan("dpmsolver++", STEPS, 4)
+
+
+@pytest.fixture
+def packet(model):
+    return begin(model, CAPTIONS, PLAN, stream(1))
+
+
+def without(packet, *names):
+    return replace(packet, extras={n: v for n, v in packet.extras.items() if n not in names})
+
+
+def test_a_packet_without_history_is_refused_and_not_run(model, packet):
+    latent_only = State({}, {"latent": packet.extras["latent"]}, packet.facts)
+    with pytest.raises(RefusedPacket, match="lacks model_outputs"):
+        finish(model, CAPTIONS, PLAN, latent_only)
+    with pytest.raises(RefusedPacket, match="history is None"):
+        finish(model, CAPTIONS, PLAN, replace(latent_only, facts={**packet.facts, "form": "{"}))
+    fresh = begin(model, CAPTIONS, replace(PLAN, calls=0), stream(1))
+    with pytest.raises(RefusedPacket, match="look right and are not"):
+        finish(model, CAPTIONS, PLAN, replace(latent_only, facts={**packet.facts, "form": fresh.facts["form"]}))
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        (replace(PLAN, steps=11), "grid"),
+        (replace(PLAN, calls=5), "grid"),
+        (replace(PLAN, guidance=5.0), "guidance"),
+        (replace(PLAN, sampler="unipc"), "scheduler"),
+        (replace(PLAN, sampler="dpmsolver++_karras"), "scheduler"),
+    ],
+)
+def test_a_packet_of_another_plan_is_refused(model, packet, plan, what):
+    with pytest.raises(RefusedPacket, match=f"the packet's {what} is"):
+        finish(model, CAPTIONS, plan, packet)
+
+
+def test_a_packet_of_another_base_or_schedule_is_refused(model, packet, tmp_path):
+    other = TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE)
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 1
+    with pytest.raises(RefusedPacket, match="the packet's base is"):
+        finish(other, CAPTIONS, PLAN, packet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {"latent": p["latent"][:1]}, r"latent is float32 \[1, 4, 4, 4\], expected float32 \[2, 4, 4, 4\]"),
+        (lambda p: {"latent": p["latent"] * float("nan")}, "not finite"),
+        (lambda p: {"latent": p["latent"] * 100}, "it is not from this step"),
+        (lambda p: {"history.model_outputs.0": torch.full((2, 4, 4, 4), float("inf"))}, "expected finite float32"),
+        (lambda p: {"history.model_outputs.0": torch.zeros(2, 4, 4, 4, dtype=torch.float64)}, "is float64"),
+        (lambda p: {"history.sigmas": torch.zeros(3)}, "holds history.sigmas, which belongs to no step"),
+        (lambda p: {"generator": torch.Generator().get_state()}, "no step draws noise"),
+    ],
+)
+def test_a_packet_with_other_numbers_is_refused(model, packet, change, message):
+    with pytest.raises(RefusedPacket, match=message):
+        finish(model, CAPTIONS, PLAN, replace(packet, extras={**packet.extras, **change(packet.extras)}))
+
+
+def test_noise_needs_its_generator(model):
+    plan = replace(PLAN, sampler="euler_ancestral")
+    packet = begin(model, CAPTIONS, plan, stream(1))
+    with pytest.raises(RefusedPacket, match="lacks the generator's state"):
+        finish(model, CAPTIONS, plan, without(packet, "generator"))
+    with pytest.raises(RefusedPacket, match="no state that can be taken"):
+        finish(model, CAPTIONS, plan, replace(packet, extras={**packet.extras, "generator": torch.zeros(3)}))
+
+
+def test_a_signature_covers_all_that_travels(packet):
+    def sign(content):
+        return bytes([sum(content) % 251])
+
+    def verify(content, signature):
+        assert sign(content) == signature
+
+    data = sealed(packet, sign)
+    assert unsealed(data, verify).facts == packet.facts
+    with pytest.raises(RefusedPacket, match="not signed"):
+        unsealed(sealed(packet), verify)
+    changed = replace(packet, extras={**packet.extras, "latent": packet.extras["latent"] + 1})
+    with pytest.raises(RefusedPacket, match="it was changed"):
+        unsealed(sealed(changed, lambda _: sign(state_bytes(packet))), verify)
+    with pytest.raises(RefusedPacket, match="no State of personae"):
+        unsealed(data[:-3])
+
+
+def test_a_plan_out_of_range_is_refused(model):
+    for plan in (replace(PLAN, calls=11), replace(PLAN, calls=-1), replace(PLAN, steps=0)):
+        with pytest.raises(ConfigError):
+            begin(model, CAPTIONS, plan, stream(1))
+    assert json.loads(begin(model, CAPTIONS, replace(PLAN, calls=10), stream(1)).facts["form"])
