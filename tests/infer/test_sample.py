@@ -133,7 +133,7 @@ def test_the_others_are_those_of_diffusers_too(sampler):
         options = {"generator": rng} if SAMPLERS[sampler].draws else {}
         options |= {"eta": 1.0} if sampler == "ddim_eta1" else {}
         x_t = scheduler.step(model.forward(scaled, t.long().repeat(200), cond), t, x_t, **options).prev_sample
-    assert torch.equal(found, x_t)
+    assert torch.allclose(found, x_t, atol=1e-4)
     near = 1.5 if sampler == "lcm" else 0.4  # made for models that were distilled
     assert found[:, 0].abs().mean() == pytest.approx(4, abs=near) and abs((found[:, 0] > 0).float().mean() - 0.5) < 0.15
 

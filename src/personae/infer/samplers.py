@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -112,9 +113,10 @@ def scheduler_for(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Any:
     import diffusers  # slow to import, and recipes name samplers only
 
     kind = kind_of(sampler)
-    # Without the note of which values were defaults: diffusers would put those of the other class in their places.
-    config = {name: value for name, value in schedule.config.items() if not name.startswith("_")}
-    scheduler = getattr(diffusers, kind.scheduler).from_config(config, **kind.options)
+    made = getattr(diffusers, kind.scheduler)
+    # What it takes, and not the note of which values were defaults: diffusers would put its own in their places.
+    config = {name: value for name, value in schedule.config.items() if name in signature(made.__init__).parameters}
+    scheduler = made.from_config(config, **kind.options)
     scheduler.set_timesteps(steps)
     return scheduler
 
