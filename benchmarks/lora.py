@@ -4,8 +4,8 @@
 
 Adapters of rank 4 on every attention layer of the U-Net, 12 pictures with captions, AdamW. Two loops stand beside ours:
 one that puts pictures and captions through their encoders in every step, as diffusers' training scripts do, and one to
-which latents and the captions' vectors are given. All begin at the same weights, and are interleaved in one process;
-whoever begins takes turns. Medians over repeats are written with the versions. About 4 CPU-minutes.
+which latents and the captions' vectors are given. All begin with an adapter that adds nothing, and take turns in one
+process, each being first as often as last. Medians over repeats are written with the versions. About 4 CPU-minutes.
 """
 
 from __future__ import annotations

@@ -169,7 +169,11 @@ def test_long_ones_are_shortened():
     assert weights[2] == pytest.approx(0.2 * float(lengths.median() / lengths[2])) and max(weights) <= 0.5
 
 
-ATTACKS = {"sign": lambda change: -change, "times -8": lambda change: -8 * change}
+ATTACKS = {
+    "sign": lambda change: -change,
+    "times -8": lambda change: -8 * change,
+    "times -1e10": lambda change: -1e10 * change,
+}
 
 
 def federation(seed, attack, rotated):

@@ -78,6 +78,10 @@ def test_adapters_tell_apart_what_descriptors_do_not():
 def test_a_descriptor_that_says_nothing_is_refused(value):
     with pytest.raises(ConfigError, match="client number 1"):
         similarities(torch.tensor([[1.0, 0.0], [value, 0.0]]))
+    with pytest.raises(ConfigError, match="expected one of distinct, conservative"):
+        domain_weights([1], [1], [1], sign="other")
+    with pytest.raises(ConfigError, match="expected one of a, b, c"):
+        normalized_traces([adapter(0)], "d")
     with pytest.raises(ConfigError, match="symmetric"):
         clustered(torch.tensor([[1.0, 0.5, 0.0], [0.1, 1.0, 0.0], [0.0, 0.0, 1.0]]))
 

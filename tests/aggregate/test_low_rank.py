@@ -125,6 +125,14 @@ def test_no_layer_outweighs_the_others():
     assert torch.allclose(gram(adapters), gram(larger), rtol=1e-5)
     still = [{**adapter, "unet.b": LowRank(0 * adapter["unet.b"].B, adapter["unet.b"].A)} for adapter in adapters]
     assert torch.allclose(gram(still), gram([{"unet.a": adapter["unet.a"]} for adapter in adapters]))
+    alone = [*still[:2], {**still[2], "unet.b": adapters[2]["unet.b"]}]
+    assert gram(alone)[2, 2] == pytest.approx(float(gram(still)[2, 2]) + 1), "a layer that one alone changes counts"
+
+
+def test_room_that_is_not_needed_can_be_trained():
+    one = recompressed(LowRank(torch.ones(5, 3), torch.ones(3, 4)), 3)
+    assert torch.allclose(one.dense(), torch.full((5, 4), 3.0)) and not one.B[:, 1:].any()
+    assert torch.allclose(one.A[1:].norm(dim=1), torch.ones(2))
 
 
 def test_overlap_is_that_of_the_spaces():

@@ -5,18 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from personae.aggregate.adapters import shares_of
+from personae.aggregate.adapters import (
+    corrected_mean,
+    factor_mean,
+    geometric_median_weights,
+    multi_krum_weights,
+    nearest,
+    shares_of,
+)
 from personae.aggregate.low_rank import LowRank, read, stacked, written
 from personae.aggregate.mean import mean
 from personae.backbone.text2image import TextToImage
 from personae.core import ClientData, Images, State, Training, Update, nothing, pick, stream
+from personae.engine import InProcess
 from personae.engine.population import Population
 from personae.engine.rounds import Arriving
-from personae.errors import ConfigError
+from personae.errors import ConfigError, EmptyRound
 from personae.methods import ClusterLora
 from personae.personal.lora import Lora, is_lora
 from personae.personal.tokens import Words, is_word
-from personae.testing import check_method
+from personae.testing import check_method, tiny_job
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
 TRAINING = Training(2, 0.01, 2)
@@ -92,7 +100,7 @@ def test_groups_are_combined_inside_and_stacked_across(make):
     assert sum(shares) == pytest.approx(1)
     assert close(read(released.params), stacked([sent, read(method.broadcast(after, "b0").params)], shares))
     assert next(iter(read(released.params).values())).rank == 4
-    assert not any(name.startswith("seen.") for name in released.extras), "descriptions of clients stay on the server"
+    assert not any(name.startswith("seen.") for name in released.extras)
     assert read(method.broadcast(after, "stranger").params).keys() == start.keys()
 
 
@@ -111,15 +119,84 @@ def test_a_group_of_which_nobody_came_stays_as_it_is_and_others_keep_their_place
     assert all(torch.equal(again[n], v) for n, v in untouched.items()), "members decide, not numbers"
 
 
-@pytest.mark.parametrize("inside", ["factor_mean", "corrected_mean", "geometric_median", "multi_krum"])
-def test_other_rules_inside(make, inside):
-    method = replace(METHOD, inside=inside, most_clusters=1)
+def far(one, other):
+    return max(
+        float((one[layer].dense() - other[layer].dense()).norm() / other[layer].dense().norm()) for layer in other
+    )
+
+
+@pytest.mark.parametrize("inside", ["nearest", "factor_mean", "corrected_mean", "geometric_median", "common_A"])
+@pytest.mark.parametrize("most", [1, 8])
+def test_who_began_elsewhere_counts_by_how_far_it_went(make, inside, most):
+    """A newcomer who does not train leaves its group where it is, whatever it started from."""
+    method = replace(METHOD, inside=inside, most_clusters=most)
     server = method.init(make().initial(stream(0)))
     start = read(server.params)
-    same = drawn(1, start)
-    after = method.aggregate(server, updates_of(dict.fromkeys(STYLES, same), STYLES))
-    assert after.facts["clusters"] == 1 and close(read(method.broadcast(after, "a0").params), same)
-    assert close(read(method.release(after).params), same)
+    adapters = {name: drawn(k, start) for k, name in enumerate(STYLES)}
+    if inside == "common_A":
+        adapters = {n: {x: LowRank(c.B, start[x].A) for x, c in own.items()} for n, own in adapters.items()}
+    first = method.aggregate(server, updates_of(adapters, STYLES))
+    before = read(method.broadcast(first, "b0").params)
+    got = read(method.broadcast(first, "late").params)
+    second = replace(first, extras={n: v * 0 if n.startswith("rest.") else v for n, v in first.extras.items()})
+    second = method.aggregate(second, updates_of({"late": got}, {"late": AXES[1]}))
+    assert second.facts["cluster of late"] == second.facts["cluster of b0"]
+    assert far(read(method.broadcast(second, "b0").params), before) < 1e-3
+
+
+OTHER_RULES = {
+    "factor_mean": lambda adapters, shares: factor_mean(adapters, shares),
+    "corrected_mean": lambda adapters, shares: corrected_mean(adapters, shares),
+    "geometric_median": lambda adapters, shares: nearest(adapters, geometric_median_weights(adapters), 2),
+    "multi_krum": lambda adapters, shares: nearest(adapters, multi_krum_weights(adapters, 1), 2),
+}
+
+
+@pytest.mark.parametrize("inside", OTHER_RULES)
+def test_other_rules_inside(make, inside):
+    method = replace(METHOD, inside=inside, most_clusters=1, attackers=1)
+    server = method.init(make().initial(stream(0)))
+    adapters = {name: drawn(k, read(server.params)) for k, name in enumerate(STYLES)}
+    after = method.aggregate(server, updates_of(adapters, STYLES))
+    expected = OTHER_RULES[inside](list(adapters.values()), [0.2] * 5)
+    assert after.facts["clusters"] == 1 and close(read(method.broadcast(after, "a0").params), expected)
+    assert close(read(method.release(after).params), expected) and close(read(after.params), expected)
+    others = [rule(list(adapters.values()), [0.2] * 5) for name, rule in OTHER_RULES.items() if name != inside]
+    assert not any(close(expected, other) for other in others)
+
+
+def test_a_group_too_small_for_krum_takes_the_geometric_median(make):
+    method = replace(METHOD, inside="multi_krum", attackers=1)
+    server = method.init(make().initial(stream(0)))
+    adapters = {name: drawn(k, read(server.params)) for k, name in enumerate(STYLES)}
+    after = method.aggregate(server, updates_of(adapters, STYLES))
+    own = [adapters["a0"], adapters["a1"]]
+    assert close(read(method.broadcast(after, "a0").params), nearest(own, geometric_median_weights(own), 2))
+
+
+@pytest.mark.parametrize("odd", [None, torch.ones(3), torch.zeros(8), torch.full((8,), float("nan")), torch.ones(1, 8)])
+def test_who_does_not_say_what_it_is_like_is_left_out_and_counted(make, odd):
+    server = METHOD.init(make().initial(stream(0)))
+    adapters = {name: drawn(k, read(server.params)) for k, name in enumerate((*STYLES, "odd"))}
+    arrived = list(updates_of(adapters, {**STYLES, "odd": odd}))
+    if odd is None:
+        arrived = [replace(u, sent=State(u.sent.params)) if u.client == "odd" else u for u in arrived]
+    after = METHOD.aggregate(server, Arriving(iter(arrived), mean))
+    del adapters["odd"]
+    expected = METHOD.aggregate(server, updates_of(adapters, STYLES))
+    assert after.facts["left out"] == 1 and expected.facts["left out"] == 0
+    assert all(torch.equal(after.extras[name], value) for name, value in expected.extras.items())
+    with pytest.raises(EmptyRound, match="check the clients' captions"):
+        METHOD.aggregate(server, Arriving(iter([]), mean))
+
+
+def test_a_long_description_pulls_no_centre_towards_itself(make):
+    server = METHOD.init(make().initial(stream(0)))
+    adapters = {name: drawn(k, read(server.params)) for k, name in enumerate(STYLES)}
+    plain, loud = (
+        METHOD.aggregate(server, updates_of(adapters, {**STYLES, "b2": scale * AXES[1]})) for scale in (1, 1e10)
+    )
+    assert all(torch.equal(loud.extras[name], value) for name, value in plain.extras.items())
 
 
 def test_a_newcomer_takes_the_group_that_it_is_like(population, make, monkeypatch):
@@ -138,16 +215,30 @@ def test_a_newcomer_takes_the_group_that_it_is_like(population, make, monkeypatc
 
 
 def test_words_are_learned_once_beside_the_bare_base(population):
-    server = METHOD.init(population.initial(0))
-    client = population.client("c0", 1, 0)
-    client.model.load({**server.params, **client.model.captions.initial()})
-    update, kept = METHOD.local(client, server, State())
-    assert set(kept.params) == {"tokens.<own>"} and all(map(is_lora, update.sent.params))
-    assert kept.extras["descriptor"].norm() == pytest.approx(1) and len(kept.extras["descriptor"]) == 8
+    """Whatever adapter the client is given, its words and its description are the same."""
+    server, found = METHOD.init(population.initial(0)), []
+    for seed in (1, 2):
+        client = population.client("c0", 1, 0)
+        got = State(written(drawn(seed, read(server.params))))
+        client.model.load({**got.params, **client.model.captions.initial()})
+        update, kept = METHOD.local(client, got, State())
+        assert set(kept.params) == {"tokens.<own>"} and all(map(is_lora, update.sent.params))
+        assert kept.extras["descriptor"].norm() == pytest.approx(1) and len(kept.extras["descriptor"]) == 8
+        assert any(not torch.equal(update.sent.params[name], value) for name, value in got.params.items())
+        found.append(kept)
+    one, other = found
+    assert torch.equal(one.params["tokens.<own>"], other.params["tokens.<own>"])
+    assert torch.equal(one.extras["descriptor"], other.extras["descriptor"])
     client = population.client("c0", 2, 0)
-    client.model.load({**server.params, **kept.params})
-    _, later = METHOD.local(client, server, kept)
-    assert torch.equal(later.params["tokens.<own>"], kept.params["tokens.<own>"])
+    client.model.load({**server.params, **one.params})
+    _, later = METHOD.local(client, server, one)
+    assert torch.equal(later.params["tokens.<own>"], one.params["tokens.<own>"])
+
+
+def test_some_of_the_clients_in_each_round(population):
+    few = replace(population, cohort_size=2)
+    run = InProcess().run(tiny_job(METHOD, few, rounds=3))
+    assert run.server.facts["clusters"] >= 1 and set(run.personal) == {"c0", "c1", "c2", "n0"}
 
 
 @pytest.mark.parametrize("parts", [{"words": None}, {"lora": None}])
@@ -167,7 +258,17 @@ def test_captions_without_the_word_say_nothing_of_the_client(make):
     assert one.norm() == pytest.approx(1) and float(one @ other) > 0.9
 
 
-@pytest.mark.parametrize("values", [{"inside": "best"}, {"most_clusters": 0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"inside": "best"},
+        {"most_clusters": 0},
+        {"attackers": -1},
+        {"trace_power": -1.0},
+    ],
+)
 def test_bad_options_are_refused(values):
     with pytest.raises(ConfigError, match="expected"):
         replace(METHOD, **values)
+    with pytest.raises(ConfigError, match="never trained"):
+        replace(METHOD, words=Training(0, 0.1, 2))

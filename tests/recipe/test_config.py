@@ -213,3 +213,51 @@ def test_an_empty_recipe_says_all_that_is_missing(tmp_path):
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match="there is no file"):
         load_recipe(tmp_path)
+
+
+BY_STYLE = """
+name = "by style"
+rounds = 1
+
+[data]
+source = "emoji"
+caption = "a <own> drawing of {thing}"
+
+[data.partition]
+kind = "by_attribute"
+num_clients = 6
+
+[backbone]
+folder = "somewhere"
+frozen = true
+
+[backbone.lora]
+rank = 2
+
+[backbone.words]
+words = ["<own>"]
+start = "drawing"
+
+[method]
+name = "cluster_lora"
+words = {steps = 1, lr = 0.1, batch_size = 2}
+training = {steps = 1, lr = 0.1, batch_size = 2}
+adapt = {steps = 1, lr = 0.1, batch_size = 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("aggregation.rule=median", "aggregation: cluster_lora combines adapters itself"),
+        ("aggregation.clip_norm=1.0", "aggregation: cluster_lora combines adapters itself"),
+        ("wrap.server_ema.decay=0.9", "wrap: server_adam and server_ema change what nobody gets"),
+        ("backbone.lora.alpha=4", "backbone.lora.alpha: cluster_lora stacks adapters"),
+    ],
+)
+def test_what_adapters_by_style_would_ignore_is_refused(tmp_path, override, message):
+    path = tmp_path / "styles.toml"
+    path.write_text(BY_STYLE, "utf-8")
+    assert load_recipe(path, ["wrap.proximal.mu=0.1"]).method.method.inside == "nearest"
+    (problem,) = problems(override, recipe=path)
+    assert problem.startswith(message)

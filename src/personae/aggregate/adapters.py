@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from personae.aggregate.low_rank import Adapter, LowRank, alike, gram, recompressed, stacked
+from personae.aggregate.low_rank import Adapter, LowRank, alike, gram, inner, recompressed, stacked
 from personae.aggregate.robust import by_score, fewest, weiszfeld
 from personae.errors import ConfigError, ShapeError, TooFewClients
 
@@ -73,7 +73,7 @@ def zero_padded(adapters: Sequence[Adapter]) -> dict[str, LowRank]:
     result = {}
     for layer in adapters[0]:
         changes = [adapter[layer] for adapter in adapters]
-        norms = [float(torch.linalg.matrix_norm(change.dense())) for change in changes]
+        norms = [max(0.0, inner(change, change)) ** 0.5 for change in changes]
         whole = sum(norms)
         weights = [norm / whole for norm in norms] if whole else [1 / len(norms)] * len(norms)
         most = max(change.rank for change in changes)
@@ -158,8 +158,10 @@ def geometric_median_weights(adapters: Sequence[Adapter]) -> list[float]:
     Source: Pillutla et al. 2019, RFA, arXiv:1912.13445, Algorithm 2, on products, by their inner products alone.
     """
     products = gram(adapters)
-    centred = products - products.mean(0, keepdim=True) - products.mean(1, keepdim=True) + products.mean()
-    weights: list[float] = weiszfeld(centred).tolist()
+    # Relative to the adapter that is nearest to most others: an attacker may be as far away as it likes.
+    middle = int(squared_distances(adapters).median(dim=1).values.argmin())
+    row = products[middle]
+    weights: list[float] = weiszfeld(products - row - row[:, None] + row[middle]).tolist()
     return weights
 
 
@@ -177,10 +179,10 @@ def multi_krum_weights(adapters: Sequence[Adapter], attackers: int) -> list[floa
     return [1 / len(best) if k in best else 0.0 for k in range(len(adapters))]
 
 
-def clipped_weights(adapters: Sequence[Adapter], shares: Sequence[float], norm: float | None = None) -> list[float]:
-    """Shares of which those of adapters longer than `norm`, the median length when left out, are shortened to it."""
+def clipped_weights(adapters: Sequence[Adapter], shares: Sequence[float]) -> list[float]:
+    """Shares of which those of adapters longer than the median are shortened to it."""
     lengths = gram(adapters).diagonal().clamp(min=0).sqrt()
-    limit = float(lengths.median()) if norm is None else norm
+    limit = float(lengths.median())
     short = [min(1.0, limit / length) if length else 1.0 for length in lengths.tolist()]
     return [share * part for share, part in zip(shares, short, strict=True)]
 

@@ -6,7 +6,7 @@ Letters in shapes: `K` clients, `C` clusters, `D` numbers of a descriptor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -111,8 +111,12 @@ def normalized_traces(adapters: Sequence[Adapter], kind: Trace = "a") -> list[fl
     "b": the cluster's part of all clusters' sum s, which grows with scale;
     "c": sum s / (R s_1).
 
-    The name, SVD normalized trace, is that of Li et al. 2025, arXiv:2508.04745; the formulas are our reconstructions.
+    Raises: ConfigError, for another kind.
+    Source: the name, SVD normalized trace, is that of Li et al. 2025, arXiv:2508.04745; the formulas are our
+    reconstructions.
     """
+    if kind not in get_args(Trace):
+        raise ConfigError(f"trace is {kind!r}; expected one of {', '.join(get_args(Trace))}")
     layers = list(adapters[0])
     values = [[singular_values(adapter[layer]) for layer in layers] for adapter in adapters]
     sums = [[float(s.sum()) for s in row] for row in values]
@@ -137,12 +141,17 @@ def domain_weights(
 ) -> list[float]:
     """Each cluster's share in the stack: size^a g(distance)^b trace^h, summing to 1, none above min(1/2, 3/C).
 
+    So two clusters always share alike, and one has all.
+
     g(x) is x for "distinct", where clusters that are alike share what is theirs, and 2 - x for "conservative", where
     outliers count less; at least 0.05. `powers` are 1/2, 1 and 1 where none are given; 0 takes an ingredient out. What
     a cluster has above the most goes to the others in proportion.
 
-    Our reconstruction: of Li et al. 2025, arXiv:2508.04745, only the two ingredients' names are known to us.
+    Raises: ConfigError, for another sign.
+    Source: our reconstruction; of Li et al. 2025, arXiv:2508.04745, only the two ingredients' names are known to us.
     """
+    if sign not in get_args(Sign):
+        raise ConfigError(f"sign is {sign!r}; expected one of {', '.join(get_args(Sign))}")
     own = {"size": 0.5, "distance": 1.0, "trace": 1.0, **(powers or {})}
     toward = [max(0.05, x if sign == "distinct" else 2 - x) for x in distances]
     raw = [

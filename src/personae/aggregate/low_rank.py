@@ -103,13 +103,17 @@ def canonical(change: LowRank) -> LowRank:
 def recompressed(change: LowRank, rank: int) -> LowRank:
     """The nearest change of at most this rank in Frobenius norm, in the form of `canonical`.
 
+    Where there is less to keep than the rank has room for, B has zeros and A rows of length 1: the room can be trained.
+
     From QR of both factors and SVD of an R x R core, in float64: O((M + N) R^2 + R^3).
     Source: Eckart, Young 1936.
     """
     left, values, right = _svd(change)
     kept = min(rank, len(values))
     roots = values[:kept].sqrt()
-    columns, rows = left[:, :kept] * roots, roots[:, None] * right[:kept]
+    room = values[:kept] <= 1e-12 * values[:1]
+    columns = left[:, :kept] * roots.where(~room, 0.0)
+    rows = roots.where(~room, 1.0)[:, None] * right[:kept]
     largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(columns)
     return LowRank((columns * signs).to(change.B.dtype), (signs.T * rows).to(change.A.dtype))
@@ -134,7 +138,7 @@ def inner(one: LowRank, other: LowRank) -> float:
 
 def gram(adapters: Sequence[Adapter]) -> Float[Tensor, "K K"]:
     """Inner products of whole adapters, float64. Each layer's are divided by its squared median norm among the
-    adapters, so that no layer outweighs the others; layers that hardly anybody changes do not count.
+    adapters, so that no layer outweighs the others; where most change nothing, by the largest.
 
     Raises: MismatchedNames.
     """
@@ -144,8 +148,8 @@ def gram(adapters: Sequence[Adapter]) -> Float[Tensor, "K K"]:
         products = torch.tensor(
             [[inner(one[layer], other[layer]) for other in adapters] for one in adapters], dtype=torch.float64
         )
-        scale = products.diagonal().clamp(min=0).sqrt().median().item() ** 2
-        if scale:
+        squares = products.diagonal().clamp(min=0)
+        if scale := squares.median().item() or squares.max().item():
             total += products / scale
     return total
 

@@ -124,7 +124,7 @@ class Captions(nn.Module):
         starts = {word: each.options.start for each in self._words() for word in each.options.words}
         said = [text for text in captions if any(word in text.lower() for word in words)]
         plain = list(said)
-        for word, start in starts.items():
+        for word, start in sorted(starts.items(), key=lambda pair: -len(pair[0])):
             plain = [re.sub(re.escape(word), start, text, flags=re.IGNORECASE) for text in plain]
         if not said:
             raise ConfigError(f"no caption says {' or '.join(words) or 'a new word'}: there is nothing to describe")

@@ -13,8 +13,8 @@ def shipped() -> tuple[str, ...]:
 
 
 def is_shipped(name: str | Path) -> bool:
-    """True for the name of such a model, unless a folder here is called the same: a folder comes first."""
-    return str(name) in shipped() and not Path(name).exists()
+    """True for the name of such a model. A folder that is called the same is reached by its whole path."""
+    return str(name) in shipped()
 
 
 def model_folder(name: str | Path) -> Path:

@@ -131,6 +131,8 @@ class TextToImage(nn.Module):
         self._began = copies(self._opened)
         if twice := [name for name in (self._deltas.changes() if self._deltas else {}) if name in self._opened]:
             raise ConfigError(f"delta: {twice[0]} trains itself; freeze the base, or leave out the change beside it")
+        if half and self._deltas is not None:
+            raise ConfigError("half and delta do not go together: bfloat16 has no room for small changes of weights")
         self._dtype = self._halved() if half else None
         if recompute:
             self.unet.enable_gradient_checkpointing()

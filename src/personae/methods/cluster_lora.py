@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from personae.aggregate import adapters as rules
-from personae.aggregate.low_rank import A, Adapter, B, LowRank, read, recompressed, stacked, written
-from personae.core import Arrays, Client, Facts, Select, State, Training, Update, Updates, pick, stream
-from personae.errors import ConfigError
+from personae.aggregate import fewest
+from personae.aggregate.low_rank import A, Adapter, B, LowRank, read, stacked, written
+from personae.core import Arrays, Client, Select, State, Training, Update, Updates, pick, stream
+from personae.errors import ConfigError, EmptyRound
 from personae.local.fit import Fitted, fit
 from personae.personal.lora import is_lora
 from personae.personal.tokens import is_word
@@ -30,13 +32,17 @@ class ClusterLora:
 
     Before its first round a client learns its own words by textual inversion, beside the bare base, and describes its
     captions by what these words bring into them. Words never leave it; adapters and the description do. A round then
-    trains the adapters from the client's group's. In the end everyone trains the group's adapter for `adapt` more
-    steps on its own images; who comes later learns words first, and takes the group that its description is nearest to.
+    trains the adapters from the client's group's. In the end everyone takes the adapter of the group whose centre its
+    description is nearest to, and trains it for `adapt` more steps on its own images; who comes later learns words
+    first. A group of one is that client: `smallest_cluster` says how many stand behind what all are given, once as many
+    have come. A client that began elsewhere, in its first round or after its group has changed, counts by how far it
+    went. Updates without a usable description are left out and counted.
 
-    `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, which is carried
-    to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for all, never
-    trains); "corrected_mean" (LoRA-FAIR); "geometric_median" and "multi_krum", against `attackers` of a group. With one
-    group at most they are the federated baselines of those names.
+    `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
+    again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
+    all, never trains); "corrected_mean" (LoRA-FAIR); "geometric_median"; "multi_krum" against `attackers` of a group,
+    the geometric median where a group is too small for that. With `most_clusters` 1 they are the federated baselines of
+    those names.
 
     Source: Li et al. 2025, arXiv:2508.04745. Its formulas were not available to us: the description, how clients are
     grouped, and how groups are weighed (`aggregate/cluster.py`) are our reconstruction.
@@ -57,15 +63,16 @@ class ClusterLora:
     trace_power: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.inside not in INSIDE:
-            raise ConfigError(f"inside is {self.inside!r}; expected one of {', '.join(INSIDE)}")
-        low = [
-            f"{name} is {getattr(self, name)}"
-            for name in ("most_clusters", "smallest_cluster", "descriptor_width")
-            if getattr(self, name) < 1
-        ]
-        if low:
-            raise ConfigError(f"{'; '.join(low)}, expected at least 1")
+        if self.inside not in get_args(Inside):
+            raise ConfigError(f"inside is {self.inside!r}; expected one of {', '.join(get_args(Inside))}")
+        least = {"most_clusters": 1, "smallest_cluster": 1, "descriptor_width": 1, "attackers": 0}
+        least |= {"size_power": 0, "distance_power": 0, "trace_power": 0}
+        if low := [
+            f"{n} is {getattr(self, n)}, expected at least {m}" for n, m in least.items() if getattr(self, n) < m
+        ]:
+            raise ConfigError("; ".join(low))
+        if self.words.steps < 1:
+            raise ConfigError("words.steps is 0: a word that was never trained says nothing of its client")
 
     @property
     def personal(self) -> Select:
@@ -90,40 +97,36 @@ class ClusterLora:
         return State(server.params if number is None else _under(server.extras, f"{CLUSTER}.{number}."))
 
     def aggregate(self, server: State, updates: Updates) -> State:
-        arrived = list(updates)
-        seen = {
-            **_under(server.extras, f"{SEEN}."),
-            **{update.client: update.sent.extras[DESCRIPTOR] for update in arrived},
-        }
+        arrived, strange = self._usable(server, list(updates))
+        if not arrived:
+            raise EmptyRound("no update in this round says what its client is like; check the clients' captions")
+        new = {update.client: normalize(update.sent.extras[DESCRIPTOR], dim=0) for update in arrived}
+        seen = {**_under(server.extras, f"{SEEN}."), **new}
         before = {name: int(server.facts[_of(name)]) for name in seen if _of(name) in server.facts}
         groups = before if len(before) == len(seen) else self._grouped(seen)
         count = max(groups.values()) + 1
-        inherits = _heirs(before, groups, count)
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
-        for number in range(count):
-            members = [name for name in sorted(seen) if groups[name] == number]
-            extras[f"{CENTRE}.{number}"] = torch.stack([seen[name] for name in members]).mean(0)
-            own = [update for update in arrived if update.client in members]
-            ancestor = inherits[number]
-            start = server.params if ancestor is None else _under(server.extras, f"{CLUSTER}.{ancestor}.")
-            carried = _under(server.extras, f"{REST}.{ancestor}.")
-            combined, rest = self._inside(own, start, carried)
+        for number, ancestor in enumerate(_heirs(before, groups, count)):
+            start = read(server.params if ancestor is None else _under(server.extras, f"{CLUSTER}.{ancestor}."))
+            own = [update for update in arrived if groups[update.client] == number]
+            moved = [self._from(start, server, update) for update in own]
+            shares = rules.shares_of([update.num_examples for update in own]) if own else []
+            carried = {} if ancestor is None else _under(server.extras, f"{REST}.{ancestor}.")
+            combined, rest = self._inside(moved, shares, carried) if own else (start, carried)
             clusters.append(combined)
+            members = [seen[name] for name in sorted(seen) if groups[name] == number]
+            extras[f"{CENTRE}.{number}"] = torch.stack(members).mean(0)
             extras |= _front(f"{CLUSTER}.{number}.", written(combined)) | _front(f"{REST}.{number}.", rest)
-        shares = self._shares([list(groups.values()).count(c) for c in range(count)], clusters, extras)
-        ranks = {name: value.shape[0] for name, value in server.params.items() if name.endswith(A)}
-        everyone = stacked(clusters, shares)
-        shared = {layer: recompressed(change, ranks[layer + A]) for layer, change in everyone.items()}
-        if self.inside == "common_A":  # their weighted mean, beside the same A
-            shared = rules.common_A(clusters, shares)
-        facts: Facts = {
+        weights = self._weights([list(groups.values()).count(c) for c in range(count)], clusters, extras)
+        facts: dict[str, Any] = {
             "round": int(server.facts["round"]) + 1,
             "clusters": count,
+            "left out": len(strange),
             **{_of(name): number for name, number in groups.items()},
-            **{f"share {number}": share for number, share in enumerate(shares)},
+            **{f"share {number}": weight for number, weight in enumerate(weights)},
         }
-        return State(written(shared), extras, facts)
+        return State(written(self._common(clusters, weights)), extras, facts)
 
     def release(self, server: State) -> State:
         """All clusters' adapters and centres, and stacked, in their shares, the one for everybody."""
@@ -143,19 +146,60 @@ class ClusterLora:
         labels = clustered(similar, most=self.most_clusters, smallest=self.smallest_cluster)
         return dict(zip(names, labels, strict=True))
 
-    def _inside(self, own: Sequence[Update], start: Arrays, carried: Arrays) -> tuple[Adapter, Arrays]:
-        """A cluster's new adapter, and what its rank had no room for. Without updates it stays as it is."""
-        if not own:
-            return read(start), carried
-        adapters = [read(update.sent.params) for update in own]
-        shares = rules.shares_of([update.num_examples for update in own])
-        rank = max(change.rank for change in read(start).values())
+    def _usable(self, server: State, arrived: Sequence[Update]) -> tuple[list[Update], list[str]]:
+        """The updates that can be taken, and whose cannot: without a usable description, or with an A of their own."""
+        known = [len(value) for value in _under(server.extras, f"{SEEN}.").values()]
+        sent = [update.sent.extras.get(DESCRIPTOR) for update in arrived]
+        lengths = known or [len(value) for value in sent if value is not None and value.dim() == 1]
+        width = max(sorted(set(lengths)), key=lengths.count, default=0)
+        taken, strange = [], []
+        for update, value in zip(arrived, sent, strict=True):
+            fits = value is not None and value.shape == (width,) and 0 < float(value.norm()) < float("inf")
+            if self.inside == "common_A":
+                fits = fits and all(
+                    torch.equal(v, server.params[n]) for n, v in update.sent.params.items() if n.endswith(A)
+                )
+            if fits:
+                taken.append(update)
+            else:
+                strange.append(update.client)
+        return taken, strange
+
+    def _from(self, start: Adapter, server: State, update: Update) -> Adapter:
+        """What the client would have sent from this start: somebody new, or from another group, began elsewhere."""
+        own, began = read(update.sent.params), read(self.broadcast(server, update.client).params)
+        if all(torch.equal(v, written(start)[name]) for name, v in written(began).items()):
+            return own
+        if self.inside not in FACTORS:
+            return stacked([start, own, began], [1.0, 1.0, -1.0])
+        return {
+            layer: LowRank(
+                start[layer].B + own[layer].B - began[layer].B, start[layer].A + own[layer].A - began[layer].A
+            )
+            for layer in own
+        }
+
+    def _inside(self, adapters: Sequence[Adapter], shares: Sequence[float], carried: Arrays) -> tuple[Adapter, Arrays]:
+        """A cluster's new adapter, and what its rank had no room for."""
+        rank = min(change.rank for change in adapters[0].values())
         if self.inside == "nearest":
             kept, rest = rules.nearest_with_rest(adapters, shares, rank, read(carried) if carried else None, rank)
             return kept, written(rest)
-        return INSIDE[self.inside](adapters, shares, rank, self.attackers), {}
+        if self.inside in FACTORS:
+            return FACTORS[self.inside](adapters, shares), {}
+        if self.inside == "multi_krum" and len(adapters) >= fewest("multi_krum", self.attackers):
+            return rules.nearest(adapters, rules.multi_krum_weights(adapters, self.attackers), rank), {}
+        return rules.nearest(adapters, rules.geometric_median_weights(adapters), rank), {}
 
-    def _shares(self, sizes: Sequence[int], clusters: Sequence[Adapter], extras: Arrays) -> list[float]:
+    def _common(self, clusters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+        """What somebody new starts from: all clusters together, at the rank of one."""
+        if len(clusters) == 1:
+            return clusters[0]
+        if self.inside in FACTORS:
+            return rules.factor_mean(clusters, weights)
+        return rules.nearest(clusters, weights, min(change.rank for change in clusters[0].values()))
+
+    def _weights(self, sizes: Sequence[int], clusters: Sequence[Adapter], extras: Arrays) -> list[float]:
         from personae.aggregate.cluster import domain_distances, domain_weights, normalized_traces
 
         centres = torch.stack([extras[f"{CENTRE}.{number}"] for number in range(len(clusters))])
@@ -204,30 +248,26 @@ class ClusterLora:
         if len(whole) <= self.descriptor_width:
             return torch.as_tensor(whole)
         rows = torch.randn(len(whole), self.descriptor_width, generator=stream(0, "projection of descriptors"))
-        return torch.nn.functional.normalize(torch.linalg.qr(rows)[0].T @ whole, dim=0)
+        return normalize(torch.linalg.qr(rows)[0].T @ whole, dim=0)
 
     def _fit_adapter(self, client: Client, how: Training) -> Fitted:
-        trains = is_lora if self.inside != "common_A" else (lambda name: name.endswith(B))
-        return fit(replace(client), trains, how)
+        return fit(client, is_lora if self.inside != "common_A" else _is_B, how)
 
 
-INSIDE: Mapping[str, Callable[[Sequence[Adapter], Sequence[float], int, int], dict[str, LowRank]]] = {
-    "nearest": lambda adapters, shares, rank, attackers: rules.nearest(adapters, shares, rank),
-    "factor_mean": lambda adapters, shares, rank, attackers: rules.factor_mean(adapters, shares),
-    "common_A": lambda adapters, shares, rank, attackers: rules.common_A(adapters, shares),
-    "corrected_mean": lambda adapters, shares, rank, attackers: rules.corrected_mean(adapters, shares),
-    "geometric_median": lambda adapters, shares, rank, attackers: rules.nearest(
-        adapters, rules.geometric_median_weights(adapters), rank
-    ),
-    "multi_krum": lambda adapters, shares, rank, attackers: rules.nearest(
-        adapters, rules.multi_krum_weights(adapters, attackers), rank
-    ),
+FACTORS: Mapping[str, Callable[[Sequence[Adapter], Sequence[float]], dict[str, LowRank]]] = {
+    "factor_mean": rules.factor_mean,
+    "common_A": rules.common_A,
+    "corrected_mean": rules.corrected_mean,
 }
-"""How a cluster's adapters become one, by the name that a recipe uses."""
+"""Rules that work on factors. The others do on products, and do not mind which factors stand for one."""
 
 
 def _ours(name: str) -> bool:
     return not is_word(name)
+
+
+def _is_B(name: str) -> bool:
+    return name.endswith(B)
 
 
 def _of(client: str) -> str:
@@ -243,7 +283,7 @@ def _front(front: str, arrays: Arrays) -> dict[str, Tensor]:
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+    return float(cosine_similarity(one, other, dim=0))
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -91,11 +91,12 @@ def parse(table: Mapping[str, Any], where: str) -> Recipe:
     method = _method(table.pop("method", None), table.pop("wrap", {}), problems)
     fields = check_fields(Recipe, table, "", problems)
     if fields is not None:
+        fields = dataclasses.replace(fields, method=method)
         problems += _together(fields)
     if problems or fields is None or method is None:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(f"{where} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:{lines}")
-    return dataclasses.replace(fields, method=method)
+    return fields
 
 
 def to_table(recipe: Recipe) -> dict[str, Any]:
@@ -264,7 +265,8 @@ def nearest(word: str, valid: Any) -> str:
 
 def _together(recipe: Recipe) -> list[str]:
     """Problems that no single field shows."""
-    return [*_federation(recipe), *_data(recipe), *_partition(recipe), *_model_and_machine(recipe)]
+    parts = (_federation, _by_style, _data, _partition, _model_and_machine)
+    return [problem for part in parts for problem in part(recipe)]
 
 
 def _federation(recipe: Recipe) -> list[str]:
@@ -295,6 +297,26 @@ def _federation(recipe: Recipe) -> list[str]:
         problems.append(str(error))
     if recipe.engine == "flower" and recipe.data.pooled:
         problems.append("data.pooled: everybody's images in one place need the engine 'in_process'")
+    return problems
+
+
+def _by_style(recipe: Recipe) -> list[str]:
+    """What adapters by style do by themselves, or would undo."""
+    from personae.methods import ClusterLora, ServerAdam, ServerEma
+
+    method, wraps = recipe.method, []
+    while (inner := getattr(method, "method", None)) is not None:
+        wraps.append(method)
+        method = inner
+    if not isinstance(method, ClusterLora):
+        return []
+    problems = []
+    if recipe.aggregation.rule != "mean" or recipe.aggregation.clip_norm is not None:
+        problems.append("aggregation: cluster_lora combines adapters itself; leave it out, and set method.inside")
+    if any(isinstance(wrap, ServerAdam | ServerEma) for wrap in wraps):
+        problems.append("wrap: server_adam and server_ema change what nobody gets from cluster_lora; leave them out")
+    if recipe.backbone.lora is not None and recipe.backbone.lora.alpha is not None:
+        problems.append("backbone.lora.alpha: cluster_lora stacks adapters, to other ranks; leave it out")
     return problems
 
 

@@ -45,7 +45,9 @@ def import_client(run: SavedRun, name: str, file: str | Path) -> Matched:
     parts, matched = import_parts(Path(file), model.params())
     client = Client(name, ClientData(nobody, nobody), model, stream(run.recipe.seed, name))
     load_parts(client, run.released.params, _scaled(parts, run.recipe.backbone.lora), run.recipe.seed)
-    personal = State(pick(model.params(), run.recipe.method.personal))
+    everything = model.params()
+    own = {**pick(everything, run.recipe.method.personal), **pick(everything, parts.params.__contains__)}
+    personal = State(own)
     run.add({name: personal}, {name: {"file": str(Path(file).resolve())}})
     return matched
 
