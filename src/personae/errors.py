@@ -33,6 +33,12 @@ class ArtefactError(PersonaeError):
     exit_code = 5
 
 
+class ServerRefused(PersonaeError):
+    """An inference server cannot be reached, or does not do what it was asked for."""
+
+    exit_code = 8
+
+
 class RefusedPacket(ArtefactError):
     """A half-drawn picture from another machine was refused before anything was drawn on it."""
 

@@ -24,6 +24,7 @@ COMMANDS = [
     "resume",
     "personalize",
     "sample",
+    "serve",
     "evaluate",
     "report",
     "export",

@@ -12,7 +12,7 @@ from personae.core import State, nothing, stream
 from personae.errors import ConfigError, RefusedPacket
 from personae.infer.sample import sample
 from personae.infer.samplers import SAMPLERS
-from personae.infer.split import Plan, begin, calls_of, finish, sealed, unsealed
+from personae.infer.split import Plan, begin, begin_together, calls_of, finish, sealed, unsealed
 from personae.personal.lora import Lora
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
@@ -70,11 +70,18 @@ def test_the_late_half_is_ones_own(model, tmp_path):
     assert not torch.allclose(own, whole(personal, "dpmsolver++"), atol=1e-3)
 
 
-def test_several_requests_in_one_batch_are_each_as_alone(model):
-    plan = Plan("dpmsolver++", STEPS, 3)
-    together = finish(model, CAPTIONS, plan, begin(model, CAPTIONS, plan, stream(1)))
-    first = finish(model, CAPTIONS[:1], plan, begin(model, CAPTIONS[:1], plan, stream(1)))
-    assert torch.allclose(together[:1], first, atol=1e-3)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc", "heun", "euler_ancestral"])
+def test_several_requests_in_one_batch_are_each_as_alone(model, sampler):
+    plan, requests = Plan(sampler, STEPS, 3), [CAPTIONS, CAPTIONS[::-1], ("a tree", "a dog")]
+    together = begin_together(model, requests, plan, [stream(seed) for seed in range(3)])
+    for seed, captions in enumerate(requests):
+        alone = begin(model, captions, plan, stream(seed))
+        assert alone.facts == together[seed].facts and alone.extras.keys() == together[seed].extras.keys()
+        assert all(torch.allclose(together[seed].extras[n], v, atol=1e-4) for n, v in alone.extras.items())
+        pictures = [finish(model, captions, plan, packet) for packet in (alone, together[seed])]
+        assert torch.allclose(*pictures, atol=1e-3)
+    with pytest.raises(ConfigError, match="as many pictures each"):
+        begin_together(model, [CAPTIONS, CAPTIONS[:1]], plan, [stream(0), stream(1)])
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

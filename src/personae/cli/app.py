@@ -1,12 +1,13 @@
 """`personae`: verbs on things that a user has. Heavy imports wait until a command needs them.
 
 Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 images; 4 tensor shapes; 5 files and folders;
-6 a round could not be completed; 7 too few clients; 130 stopped by Ctrl-C (the run can be resumed).
+6 a round could not be completed; 7 too few clients; 8 an inference server; 130 stopped by Ctrl-C (resume it).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -20,7 +21,7 @@ app = typer.Typer(
     name="personae",
     help="Personalize diffusion models where the data may not leave its owner.",
     epilog="Exit codes: 0 done, 2 recipe or argument, 3 images, 4 shapes, 5 files, 6 failed round, 7 too few clients, "
-    "130 Ctrl-C.",
+    "8 inference server, 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -233,6 +234,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampler steps; the run's, or 25.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How far to follow; the run's, or 3.")] = None,
     device: Annotated[str | None, typer.Option(help="Where; the run's, or cpu.")] = None,
+    server: Annotated[str | None, typer.Option(help="Address of one that begins; token in PERSONAE_TOKEN.")] = None,
+    server_steps: Annotated[float, typer.Option(help="Its share of the steps.")] = 0.3,
+    authority: Annotated[Path | None, typer.Option(help="Certificate to trust it by.")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
@@ -252,7 +256,11 @@ def sample(
     folder = out or run / "samples" / f"{client}-{seed}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
-    if plain:
+    if server is not None:
+        images = _with_server(
+            run, client, prompt, server, server_steps, authority, num_images, seed, steps, guidance, device
+        )
+    elif plain:
         images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
     else:
         images = open_run(run, device).sample(
@@ -266,6 +274,84 @@ def sample(
         as_json,
         {"client": client, **({"prompt": prompt} if prompt else {}), "num_images": num_images, "folder": str(folder)},
         [f"wrote {num_images} images and grid.png to {folder}"],
+    )
+
+
+def _with_server(
+    run: Path,
+    client: str | None,
+    prompt: str | None,
+    url: str,
+    share: float,
+    authority: Path | None,
+    num_images: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str | None,
+) -> Any:
+    from personae.errors import ConfigError
+    from personae.recipe.workflow import open_run
+
+    if client is None or prompt is None:
+        raise ConfigError("--server begins what a client of a run finishes; say --client and --prompt")
+    if not (token := os.environ.get("PERSONAE_TOKEN")):
+        raise ConfigError(f"{url} wants a token; put it into the environment variable PERSONAE_TOKEN")
+    _needs_serve()
+    from personae.serve.client import Server
+    from personae.serve.edge import sample_with
+
+    return sample_with(
+        open_run(run, device),
+        client,
+        prompt,
+        Server(url, token, authority),
+        share,
+        num_images,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+    )
+
+
+def _needs_serve() -> None:
+    from importlib.util import find_spec
+
+    from personae.errors import ConfigError
+
+    if lacking := [name for name in ("cryptography", "fastapi", "uvicorn") if find_spec(name) is None]:
+        raise ConfigError(f"this needs {', '.join(lacking)}: pip install 'personae[serve]'")
+
+
+@app.command()
+def serve(
+    run: RunArgument,
+    tokens: Annotated[Path, typer.Option(help="A file of lines NAME TOKEN: who may ask.")],
+    host: Annotated[str, typer.Option(help="Where to listen; others reach it with a certificate only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="And on which port.")] = 8443,
+    certificate: Annotated[Path | None, typer.Option(help="For HTTPS, a PEM file.")] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    signing_key: Annotated[
+        Path | None, typer.Option(help="To sign what is sent; made if missing. Without it a new one at each start.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where; the run's when left out.")] = None,
+) -> None:
+    """Begin drawings for clients, with the run's shared model, until Ctrl-C. They finish them at home."""
+    from personae.recipe.workflow import open_run
+
+    _needs_serve()
+    from personae.serve.edge import serve as listen
+
+    saved = open_run(run, device)
+    print(f"serving {run} on http{'s' if certificate else ''}://{host}:{port}; Ctrl-C stops it", flush=True)
+    listen(
+        saved,
+        tokens,
+        host=host,
+        port=port,
+        certificate=certificate,
+        certificate_key=certificate_key,
+        signing_key=signing_key,
     )
 
 

@@ -92,22 +92,44 @@ def unsealed(data: bytes, verify: Callable[[bytes, bytes], None] | None = None) 
     return packet
 
 
-@torch.no_grad()
 def begin(model: Denoiser, captions: Sequence[str], plan: Plan, rng: torch.Generator) -> State:
     """The first calls of the model, for one picture of each caption.
 
     Raises: ConfigError, when the plan is out of range.
     """
-    kind, scheduler, device = kind_of(plan.sampler), _scheduler(model, plan), device_of(model)
-    noise = torch.randn(len(captions), *model.sample_shape, generator=rng)
+    return begin_together(model, [captions], plan, [rng])[0]
+
+
+@torch.no_grad()
+def begin_together(
+    model: Denoiser, requests: Sequence[Sequence[str]], plan: Plan, rngs: Sequence[torch.Generator]
+) -> list[State]:
+    """The same for several requests in one batch, each from its own generator: what it would get alone, up to rounding.
+
+    Requests of one batch are for as many pictures each. Samplers that count their steps while they draw noise take one
+    request after the other.
+
+    Raises: ConfigError, when the plan is out of range, or requests are for different numbers of pictures.
+    """
+    kind, device, each = kind_of(plan.sampler), device_of(model), len(requests[0])
+    if any(len(captions) != each for captions in requests):
+        raise ConfigError("requests of one batch are for as many pictures each")
+    if kind.alone and len(requests) > 1:
+        return [begin(model, captions, plan, rng) for captions, rng in zip(requests, rngs, strict=True)]
+    scheduler = _scheduler(model, plan)
+    noise = torch.cat([torch.randn(each, *model.sample_shape, generator=rng) for rng in rngs])
     x_t = noise.to(device) * scheduler.init_noise_sigma
-    conds = _conds(model, captions, plan, device)
-    x_t = walk(model, kind, scheduler, x_t, conds, plan.guidance, [rng], slice(plan.calls))
+    conds = _conds(model, [caption for captions in requests for caption in captions], plan, device)
+    x_t = walk(model, kind, scheduler, x_t, conds, plan.guidance, rngs, slice(plan.calls))
     history, form = _remembered(scheduler)
-    tensors = {LATENT: x_t.cpu(), **{HISTORY + name: value.cpu() for name, value in history.items()}}
-    if kind.draws:
-        tensors[GENERATOR] = rng.get_state()
-    return State({}, tensors, {**_expected(model, plan), "form": json.dumps(form, sort_keys=True)})
+    facts = {**_expected(model, plan), "form": json.dumps(form, sort_keys=True)}
+    packets = []
+    for number, rng in enumerate(rngs):
+        rows = slice(number * each, (number + 1) * each)
+        own = {HISTORY + name: value[rows].cpu() if value.dim() else value.cpu() for name, value in history.items()}
+        drawn = {GENERATOR: rng.get_state()} if kind.draws else {}
+        packets.append(State({}, {LATENT: x_t[rows].cpu(), **own, **drawn}, facts))
+    return packets
 
 
 @torch.no_grad()

@@ -1,0 +1,183 @@
+"""From a run to a picture that a server began, over HTTPS, with real sockets."""
+
+import datetime
+import ipaddress
+import threading
+import time
+
+import pytest
+import torch
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from personae.core import stream
+from personae.errors import ArtefactError, ConfigError, RefusedPacket, ServerRefused
+from personae.infer.sample import to_bytes
+from personae.infer.split import Plan, begin, finish
+from personae.personal.tokens import Words
+from personae.recipe.personal import personal_recipe
+from personae.recipe.workflow import run
+from personae.serve.app import application
+from personae.serve.client import Server
+from personae.serve.edge import neutral, read_key, sample_with, serve, shared_model
+from personae.serve.limits import Tokens
+from personae.testing.tiny_pipeline import tiny_pipeline
+
+TOKEN = "a-token-of-anna-0"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of one client with a word and adapters of its own."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("edge")
+    (folder / "photos").mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (60 * number, 90, 200)).save(folder / "photos" / f"{number}.png")
+    few = [
+        "rounds=1",
+        "method.training.steps=2",
+        "method.training.lr=0.1",
+        "sampling.steps=6",
+        "evaluation.num_images=2",
+    ]
+    recipe = personal_recipe(
+        tiny_pipeline(folder / "model"), folder / "photos", "lora+tokens", "dog", name="rex", overrides=few
+    )
+    return run(recipe, folder / "run")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Of 127.0.0.1, signed by itself: (certificate, key)."""
+    folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.fixture(scope="module")
+def listening(saved, certificate, tmp_path_factory):
+    """Its address, and the bodies of all requests that came."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
+    tokens.write_text(f"anna {TOKEN}\n", "utf-8")
+    app, came = application(shared_model(saved), Ed25519PrivateKey.generate(), Tokens.read(tokens)), []
+
+    async def recording(scope, receive, send):
+        async def heard():
+            message = await receive()
+            came.append(message.get("body", b""))
+            return message
+
+        await app(scope, heard if scope["type"] == "http" else receive, send)
+
+    config = uvicorn.Config(
+        recording, port=0, ssl_certfile=certificate[0], ssl_keyfile=certificate[1], log_level="warning", ws="none"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "it did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"https://127.0.0.1:{port}", came
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_a_picture_begins_there_and_ends_here(saved, listening, certificate):
+    url, came = listening
+    images = sample_with(saved, "rex", "a <rex> left of a tree", Server(url, TOKEN, certificate[0]), 0.3, 2, seed=4)
+    plan, own = Plan("dpmsolver++", 6, 2, 3.0), saved.model("rex")
+    packet = begin(shared_model(saved), ["a dog left of a tree"] * 2, plan, stream(4, "begin"))
+    expected = to_bytes(finish(own, ["a <rex> left of a tree"] * 2, plan, packet))
+    assert torch.equal(images, expected)
+    sent = b"".join(came)
+    assert b"a dog left of a tree" in sent and b"rex" not in sent
+
+
+def test_the_command_draws_with_a_server(saved, listening, certificate, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("PERSONAE_TOKEN", TOKEN)
+    asked = ("sample", saved.folder, "--client", "rex", "--prompt", "a <rex>", "-n", 2, "--server", listening[0])
+    code, out, error = command(*asked, "--authority", certificate[0], "--out", tmp_path / "drawn")
+    assert code == 0, error
+    assert "wrote 2 images" in out and len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    monkeypatch.delenv("PERSONAE_TOKEN")
+    code, _, error = command(*asked, "--out", tmp_path / "again")
+    assert code == 2 and "PERSONAE_TOKEN" in error
+    monkeypatch.setenv("PERSONAE_TOKEN", "x" * 20)
+    code, _, error = command(*asked, "--authority", certificate[0], "--out", tmp_path / "again")
+    assert code == 8 and "refused (401)" in error and not (tmp_path / "again").exists()
+
+
+def test_a_server_that_is_not_known_is_not_trusted(saved, listening, certificate):
+    url, _ = listening
+    with pytest.raises(ServerRefused, match="check the address and its certificate"):
+        sample_with(saved, "rex", "a <rex>", Server(url, TOKEN), 0.3)
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    with pytest.raises(RefusedPacket, match="it was changed"):
+        sample_with(saved, "rex", "a <rex>", Server(url, TOKEN, certificate[0], other), 0.3)
+    with pytest.raises(ServerRefused, match="cannot be reached"):
+        sample_with(saved, "rex", "a <rex>", Server("https://127.0.0.1:1", TOKEN), 0.3)
+
+
+@pytest.mark.parametrize("url", ["http://example.org:80", "ftp://127.0.0.1", "127.0.0.1:8443"])
+def test_an_address_without_tls_is_refused(url):
+    with pytest.raises(ConfigError, match=r"no TLS|expected https"):
+        Server(url, TOKEN)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_is_a_part(saved, share):
+    with pytest.raises(ConfigError, match="expected 0 to 1"):
+        sample_with(saved, "rex", "a <rex>", Server("http://127.0.0.1:1", TOKEN), share)
+
+
+def test_ones_own_words_give_way_to_known_ones():
+    words = Words(("<rex>", "<rexy>"), "dog")
+    assert neutral("a <REX> left of a <rexy>", words) == "a dog left of a dog"
+    assert neutral("a <own> drawing of a cat", Words(("<own>",), "drawing")) == "a drawing of a cat"
+    assert neutral("a  cat", None) == "a  cat"
+
+
+def test_a_server_for_others_needs_a_certificate(saved, tmp_path, certificate):
+    (tmp_path / "tokens").write_text(f"anna {TOKEN}\n", "utf-8")
+    for options, message in (
+        ({"host": "0.0.0.0"}, "without TLS"),
+        ({"certificate": certificate[0]}, "give both"),
+        ({"certificate": certificate[1], "certificate_key": certificate[0]}, "cannot be used"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            serve(saved, tmp_path / "tokens", **options)
+
+
+def test_a_model_that_reads_no_text_is_not_served(tiny_run):
+    with pytest.raises(ConfigError, match="reads no text"):
+        shared_model(tiny_run)
+
+
+def test_a_signing_key_is_made_once(tmp_path):
+    made, again = read_key(tmp_path / "key.pem"), read_key(tmp_path / "key.pem")
+    assert made.private_bytes_raw() == again.private_bytes_raw()
+    assert (tmp_path / "key.pem").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").write_text("no key")
+    with pytest.raises(ArtefactError, match="cannot be used as a signing key"):
+        read_key(tmp_path / "other")
