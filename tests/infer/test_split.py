@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from personae.artefact.save import state_bytes
+from personae.backbone.schedule import schedule
 from personae.backbone.text2image import TextToImage
 from personae.core import State, nothing, stream
 from personae.errors import ConfigError, RefusedPacket
 from personae.infer.sample import sample
 from personae.infer.samplers import SAMPLERS
-from personae.infer.split import Plan, begin, begin_together, calls_of, finish, sealed, unsealed
+from personae.infer.split import SplitPlan, begin, begin_together, calls_of, finish, sealed, unsealed
 from personae.personal.lora import Lora
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
@@ -33,14 +34,14 @@ def whole(model, sampler):
 def test_two_halves_are_the_whole_in_the_same_bits(model, sampler):
     calls, expected = calls_of(model, sampler, STEPS), whole(model, sampler)
     for at in sorted({0, 1, 2, 5, 8, calls - 1, calls}):
-        plan = Plan(sampler, STEPS, at)
+        plan = SplitPlan(sampler, STEPS, at)
         packet = unsealed(sealed(begin(model, CAPTIONS, plan, stream(1))))
         assert torch.equal(finish(model, CAPTIONS, plan, packet), expected), at
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3])
 def test_the_client_saves_its_share_of_calls(model, monkeypatch, share):
-    plan, seen = Plan("dpmsolver++", 20, round(20 * share), guidance=1.0), []
+    plan, seen = SplitPlan("dpmsolver++", 20, round(20 * share), guidance=1.0), []
     packet = begin(model, CAPTIONS, plan, stream(1))
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *given: seen.append(1) or forward(*given))
@@ -50,7 +51,7 @@ def test_the_client_saves_its_share_of_calls(model, monkeypatch, share):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
 def test_little_travels_beside_latents_and_history_and_no_words(model, sampler):
-    plan = Plan(sampler, 50 if sampler != "ddim" else 40, 15)
+    plan = SplitPlan(sampler, 50 if sampler != "ddim" else 40, 15)
     packet = begin(model, ("a secret",) * 2, plan, stream(1))
     data = sealed(packet, lambda content: b"x" * 64)
     assert len(data) - packet.num_bytes() + len(str(packet.facts)) <= 1024 + 300 * (sampler == "dpmsolver++")
@@ -63,7 +64,7 @@ def test_the_late_half_is_ones_own(model, tmp_path):
     """The server's adapter draws the first steps, the client's the rest, from the client's own words."""
     personal = TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE, nothing, lora=Lora(2))
     personal.load({n: 0.3 * torch.randn(v.shape, generator=stream(2, n)) for n, v in personal.params().items()})
-    plan = Plan("dpmsolver++", STEPS, 3)
+    plan = SplitPlan("dpmsolver++", STEPS, 3)
     packet = begin(model, ("a dog", "a cat"), plan, stream(1))
     own = finish(personal, CAPTIONS, plan, packet)
     assert not torch.allclose(own, finish(model, CAPTIONS, plan, packet), atol=1e-3)
@@ -72,7 +73,7 @@ def test_the_late_half_is_ones_own(model, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc", "heun", "euler_ancestral"])
 def test_several_requests_in_one_batch_are_each_as_alone(model, sampler):
-    plan, requests = Plan(sampler, STEPS, 3), [CAPTIONS, CAPTIONS[::-1], ("a tree", "a dog")]
+    plan, requests = SplitPlan(sampler, STEPS, 3), [CAPTIONS, CAPTIONS[::-1], ("a tree", "a dog")]
     together = begin_together(model, requests, plan, [stream(seed) for seed in range(3)])
     for seed, captions in enumerate(requests):
         alone = begin(model, captions, plan, stream(seed))
@@ -86,7 +87,7 @@ def test_several_requests_in_one_batch_are_each_as_alone(model, sampler):
 
 # --- what is refused -----------------------------------------------------------------------------------------------
 
-PLAN = Plan("dpmsolver++", STEPS, 4)
+PLAN = SplitPlan("dpmsolver++", STEPS, 4)
 
 
 @pytest.fixture
@@ -130,6 +131,41 @@ def test_a_packet_of_another_base_or_schedule_is_refused(model, packet, tmp_path
         other.unet.conv_in.bias[0] += 1
     with pytest.raises(RefusedPacket, match="the packet's base is"):
         finish(other, CAPTIONS, PLAN, packet)
+    other = TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE)
+    with torch.no_grad():
+        other.vae.decoder.conv_in.bias[0] += 1
+    with pytest.raises(RefusedPacket, match="the packet's base is"):
+        finish(other, CAPTIONS, PLAN, packet)
+    other = TextToImage(tiny_networks(tmp_path / "tokenizer"), schedule(clip_sample=False))
+    with pytest.raises(RefusedPacket, match="the packet's scheduler is"):
+        finish(other, CAPTIONS, PLAN, packet)
+
+
+def test_a_packet_that_holds_more_is_refused(model, packet):
+    for odd in (replace(packet, params={"x": torch.zeros(1)}), replace(packet, facts={**packet.facts, "x": 1})):
+        with pytest.raises(RefusedPacket, match="holds x, which belongs to no hand-off"):
+            finish(model, CAPTIONS, PLAN, odd)
+    deep = replace(packet, facts={**packet.facts, "form": "[" * 200_000})
+    with pytest.raises(RefusedPacket, match="history is None") as found:
+        finish(model, CAPTIONS, PLAN, deep)
+    assert len(str(found.value)) < 1000
+
+
+def test_a_time_that_a_scheduler_remembers_is_what_it_has_to_be(model):
+    plan = replace(PLAN, sampler="heun", calls=3)
+    packet = begin(model, CAPTIONS, plan, stream(1))
+    changed = {**packet.extras, "history.dt": packet.extras["history.dt"] * 50}
+    with pytest.raises(RefusedPacket, match="dt cannot be from this step"):
+        finish(model, CAPTIONS, plan, replace(packet, extras=changed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_second_half_on_a_gpu(model, sampler):
+    plan = SplitPlan(sampler, STEPS, 4)
+    packet = begin(model, CAPTIONS, plan, stream(1))
+    there = finish(model.to("cuda"), CAPTIONS, plan, packet)
+    assert torch.allclose(finish(model.to("cpu"), CAPTIONS, plan, packet), there, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +178,9 @@ def test_a_packet_of_another_base_or_schedule_is_refused(model, packet, tmp_path
         (lambda p: {"history.model_outputs.0": torch.zeros(2, 4, 4, 4, dtype=torch.float64)}, "is float64"),
         (lambda p: {"history.sigmas": torch.zeros(3)}, "holds history.sigmas, which belongs to no step"),
         (lambda p: {"generator": torch.Generator().get_state()}, "no step draws noise"),
+        (lambda p: {"latent": p["latent"].half()}, "latent is float16"),
+        (lambda p: {"latent": p["latent"].double()}, "latent is float64"),
+        (lambda p: {"history.model_outputs.0": torch.full((2, 4, 4, 4), 1e30)}, "cannot be from this step"),
     ],
 )
 def test_a_packet_with_other_numbers_is_refused(model, packet, change, message):

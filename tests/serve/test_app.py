@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -10,8 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from personae.backbone.text2image import TextToImage
 from personae.core import stream
-from personae.infer.split import Plan, begin, finish, unsealed
+from personae.infer.split import SplitPlan, begin, finish, request_digest, unsealed
 from personae.serve.app import application
+from personae.serve.batches import Batches, Full
 from personae.serve.limits import Limits, Tokens
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
@@ -62,11 +64,57 @@ def test_a_hundred_requests_at_once_and_none_is_mixed_up(model, tokens):
     assert {answer.status_code for answer in answers} == {200}
     for each, answer in zip(asked[::7], answers[::7], strict=True):
         packet = unsealed(answer.content, lambda content, signature: check.verify(signature, content))
-        plan = Plan("dpmsolver++", 6, each["calls"], 3.0)
+        plan = SplitPlan("dpmsolver++", 6, each["calls"], 3.0)
         alone = begin(model, each["captions"], plan, stream(each["seed"], "begin"))
-        assert alone.facts == packet.facts
+        assert packet.facts == {**alone.facts, "request": request_digest(each["captions"], plan, each["seed"])}
+        packet = replace(packet, facts=alone.facts)
         assert all(torch.allclose(packet.extras[name], value, atol=1e-4) for name, value in alone.extras.items())
         assert finish(model, each["captions"], plan, packet).shape == (len(each["captions"]), 3, 8, 8)
+
+
+def test_nothing_of_a_request_stays(model, app):
+    talk(app(), lambda client: client.post("/v1/begin", json={**ASKED, "captions": ["a tree left of a cat"]}))
+    assert not model.captions._told
+
+
+def test_nobody_is_told_of_anothers_request():
+    """What fails for a batch is tried for each alone."""
+
+    def work(requests):
+        if "bad" in requests:
+            raise ValueError(f"cannot draw {requests}")
+        return [request.upper() for request in requests]
+
+    async def whole():
+        batches = Batches(work, kind=lambda _: 0, size=lambda _: 1, room=8, seconds=0.01, waiting=8, each=8)
+        running = asyncio.create_task(batches.run())
+        found = await asyncio.gather(*(batches.ask("anna", r) for r in ("one", "bad", "two")), return_exceptions=True)
+        running.cancel()
+        return found
+
+    one, bad, two = asyncio.run(whole())
+    assert (one, two) == ("ONE", "TWO") and str(bad) == "cannot draw ['bad']"
+
+
+def test_who_went_away_gives_its_place_up_and_one_cannot_take_all():
+    async def whole():
+        batches = Batches(list, kind=lambda _: 0, size=lambda _: 1, room=8, seconds=0.01, waiting=4, each=2)
+        mine = [asyncio.ensure_future(batches.ask("anna", n)) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Full):
+            await batches.ask("anna", 2)
+        other = asyncio.ensure_future(batches.ask("ben", 3))
+        await asyncio.sleep(0)
+        mine[0].cancel()
+        await asyncio.sleep(0)
+        later = asyncio.ensure_future(batches.ask("anna", 4))
+        await asyncio.sleep(0)
+        running = asyncio.create_task(batches.run())
+        found = await asyncio.gather(mine[1], other, later)
+        running.cancel()
+        return found
+
+    assert asyncio.run(whole()) == [1, 3, 4]
 
 
 def test_more_than_may_wait_are_told_to_come_again(model, tokens):
@@ -149,6 +197,7 @@ def test_a_large_body_is_not_read_to_its_end(app):
 
     answer = talk(app(), lambda client: client.post("/v1/begin", content=parts()))
     assert answer.status_code == 413 and "at most 16384 bytes" in answer.json()["error"]
+    assert len(read) < 30
     told = talk(app(), lambda client: client.post("/v1/begin", content=b" " * 20_000))
     assert told.status_code == 413
 

@@ -16,13 +16,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from personae.core import stream
 from personae.errors import ArtefactError, ConfigError, RefusedPacket, ServerRefused
 from personae.infer.sample import to_bytes
-from personae.infer.split import Plan, begin, finish
+from personae.infer.split import SplitPlan, begin, finish
 from personae.personal.tokens import Words
 from personae.recipe.personal import personal_recipe
 from personae.recipe.workflow import run
 from personae.serve.app import application
-from personae.serve.client import Server
-from personae.serve.edge import neutral, read_key, sample_with, serve, shared_model
+from personae.serve.client import Server, neutral, sample_with
+from personae.serve.edge import read_key, serve, shared_model
 from personae.serve.limits import Tokens
 from personae.testing.tiny_pipeline import tiny_pipeline
 
@@ -106,8 +106,9 @@ def listening(saved, certificate, tmp_path_factory):
 def test_a_picture_begins_there_and_ends_here(saved, listening, certificate):
     url, came = listening
     images = sample_with(saved, "rex", "a <rex> left of a tree", Server(url, TOKEN, certificate[0]), 0.3, 2, seed=4)
-    plan, own = Plan("dpmsolver++", 6, 2, 3.0), saved.model("rex")
-    packet = begin(shared_model(saved), ["a dog left of a tree"] * 2, plan, stream(4, "begin"))
+    plan, own = SplitPlan("dpmsolver++", 6, 2, 3.0), saved.model("rex")
+    seed = int(torch.randint(2**62, (), generator=stream(4, "server", 0)))
+    packet = begin(shared_model(saved), ["a dog left of a tree"] * 2, plan, stream(seed, "begin"))
     expected = to_bytes(finish(own, ["a <rex> left of a tree"] * 2, plan, packet))
     assert torch.equal(images, expected)
     sent = b"".join(came)
@@ -139,6 +140,58 @@ def test_a_server_that_is_not_known_is_not_trusted(saved, listening, certificate
         sample_with(saved, "rex", "a <rex>", Server("https://127.0.0.1:1", TOKEN), 0.3)
 
 
+def test_many_pictures_are_asked_for_in_parts_and_none_for_no_step(saved, listening, certificate):
+    url, came = listening
+    server = Server(url, TOKEN, certificate[0])
+    images = sample_with(saved, "rex", "a <rex>", server, 0.3, 10, seed=1)
+    assert len(images) == 10 and len({image.numpy().tobytes() for image in images}) == 10
+    before = len(came)
+    at_home = sample_with(saved, "rex", "a <rex>", Server("http://127.0.0.1:1", TOKEN), 0.01, 2)
+    assert at_home.shape == (2, 3, 8, 8) and len(came) == before
+
+
+def test_the_token_goes_nowhere_else(listening, certificate):
+    """A server that sends one elsewhere is not followed."""
+    import http.server
+
+    seen = []
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/stolen")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(ServerRefused, match=r"refused \(302\)"):
+            Server(f"http://127.0.0.1:{other.server_port}", TOKEN).begin(["a dog"], SplitPlan("ddim", 5, 1), 0)
+        other.shutdown()
+    assert seen == ["/v1/model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": "two words"}, "copied wrongly"),
+        ({"token": "a\nb"}, "copied wrongly"),
+        ({"key": "abc"}, "64 hexadecimal digits"),
+        ({"url": "https://host:abc"}, "expected https"),
+    ],
+)
+def test_what_a_client_mistypes_is_said(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as found:
+        Server(**{"url": "https://127.0.0.1:1", "token": TOKEN, **options})
+    assert "two words" not in str(found.value)
+    with pytest.raises(ConfigError, match="there is no certificate"):
+        Server("https://127.0.0.1:1", TOKEN, tmp_path / "nothing.pem")
+    assert TOKEN not in repr(Server("https://127.0.0.1:1", TOKEN))
+
+
 @pytest.mark.parametrize("url", ["http://example.org:80", "ftp://127.0.0.1", "127.0.0.1:8443"])
 def test_an_address_without_tls_is_refused(url):
     with pytest.raises(ConfigError, match=r"no TLS|expected https"):
@@ -156,6 +209,9 @@ def test_ones_own_words_give_way_to_known_ones():
     assert neutral("a <REX> left of a <rexy>", words) == "a dog left of a dog"
     assert neutral("a <own> drawing of a cat", Words(("<own>",), "drawing")) == "a drawing of a cat"
     assert neutral("a  cat", None) == "a  cat"
+    assert neutral("a very very small <rex>", words) == "a very very small dog"
+    assert neutral("<rex>left of a tree<rex>tall", words) == "dog left of a tree dog tall"
+    assert neutral("a <rex>", Words(("<rex>", "og"), "dog")) == "a dog"
 
 
 def test_a_server_for_others_needs_a_certificate(saved, tmp_path, certificate):

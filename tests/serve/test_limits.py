@@ -6,9 +6,9 @@ from personae.serve.limits import Rate, Tokens
 
 def test_a_token_says_whose_it_is(tmp_path):
     path = tmp_path / "tokens"
-    path.write_text("anna aaaaaaaaaaaaaaaa # hers\n\nben bbbbbbbbbbbbbbbb\n", "utf-8")
+    path.write_text("anna aaaaaaaaaaaaaaaa # hers\n\nben bbbbbbbbbbbbbbbb#b\n", "utf-8")
     tokens = Tokens.read(path)
-    assert tokens.owner("a" * 16) == "anna" and tokens.owner("b" * 16) == "ben"
+    assert tokens.owner("a" * 16) == "anna" and tokens.owner("b" * 16 + "#b") == "ben"
     assert tokens.owner("a" * 15) is None and tokens.owner("") is None
     assert "aaaa" not in repr(tokens)
 
@@ -20,6 +20,7 @@ def test_a_token_says_whose_it_is(tmp_path):
         ("anna\n", "line 1"),
         ("# nobody\n", "holds no token"),
         (f"anna {'a' * 16}\nanna {'b' * 16}\n", "line 2"),
+        (f"anna {'a' * 16}\nben {'a' * 16}\n", "line 2"),
     ],
 )
 def test_bad_token_files_are_refused_and_not_quoted(tmp_path, text, message):

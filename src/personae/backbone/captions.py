@@ -5,7 +5,6 @@ Letters in shapes: `B` texts, `L` tokens, `D` width of a token's vector, `P` wid
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from personae.errors import ConfigError
 from personae.personal.lora import TEXT, TEXT_2
-from personae.personal.tokens import TOKENS, NewWords, Words
+from personae.personal.tokens import TOKENS, NewWords, Words, plain
 
 REMEMBERED = 4096
 """Captions, whose vectors are kept while nothing in the text encoders moves."""
@@ -120,19 +119,19 @@ class Captions(nn.Module):
 
         Raises: ConfigError, when no caption says a new word, or words are as they started.
         """
-        words = [word for each in self._words() for word in each.options.words]
-        starts = {word: each.options.start for each in self._words() for word in each.options.words}
-        said = [text for text in captions if any(word in text.lower() for word in words)]
-        plain = list(said)
-        for word, start in sorted(starts.items(), key=lambda pair: -len(pair[0])):
-            plain = [re.sub(re.escape(word), start, text, flags=re.IGNORECASE) for text in plain]
-        if not said:
-            raise ConfigError(f"no caption says {' or '.join(words) or 'a new word'}: there is nothing to describe")
+        options = next((each.options for each in self._words()), None)
+        said = [text for text in captions if options and any(word in text.lower() for word in options.words)]
+        if options is None or not said:
+            wanted = "a new word" if options is None else " or ".join(options.words)
+            raise ConfigError(f"no caption says {wanted}: there is nothing to describe")
+        known = [plain(text, options) for text in said]
         conditional = torch.zeros(len(said), dtype=torch.bool, device=next(self.parameters()).device)
-        own, without = (self(texts, conditional)[0].float().mean(1).mean(0) for texts in (said, plain))
+        own, without = (self(texts, conditional)[0].float().mean(1).mean(0) for texts in (said, known))
         difference = own - without
         if not difference.norm() > 0:
-            raise ConfigError(f"{' and '.join(words)} are still the words that they started from; train them first")
+            raise ConfigError(
+                f"{' and '.join(options.words)} are still the words that they started from; train them first"
+            )
         return difference / difference.norm()
 
     def check(self, captions: Sequence[str]) -> None:

@@ -235,7 +235,7 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="How far to follow; the run's, or 3.")] = None,
     device: Annotated[str | None, typer.Option(help="Where; the run's, or cpu.")] = None,
     server: Annotated[str | None, typer.Option(help="Address of one that begins; token in PERSONAE_TOKEN.")] = None,
-    server_steps: Annotated[float, typer.Option(help="Its share of the steps.")] = 0.3,
+    server_steps: Annotated[float | None, typer.Option(help="Its share of the steps; 0.3.")] = None,
     authority: Annotated[Path | None, typer.Option(help="Certificate to trust it by.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -256,10 +256,11 @@ def sample(
     folder = out or run / "samples" / f"{client}-{seed}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
+    if server is None and (server_steps is not None or authority is not None):
+        raise ConfigError("--server-steps and --authority are for --server, which is missing")
     if server is not None:
-        images = _with_server(
-            run, client, prompt, server, server_steps, authority, num_images, seed, steps, guidance, device
-        )
+        share = 0.3 if server_steps is None else server_steps
+        images = _with_server(run, client, prompt, server, share, authority, num_images, seed, steps, guidance, device)
     elif plain:
         images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
     else:
@@ -297,15 +298,14 @@ def _with_server(
         raise ConfigError("--server begins what a client of a run finishes; say --client and --prompt")
     if not (token := os.environ.get("PERSONAE_TOKEN")):
         raise ConfigError(f"{url} wants a token; put it into the environment variable PERSONAE_TOKEN")
-    _needs_serve()
-    from personae.serve.client import Server
-    from personae.serve.edge import sample_with
+    _needs_serve("cryptography")
+    from personae.serve.client import Server, sample_with
 
     return sample_with(
         open_run(run, device),
         client,
         prompt,
-        Server(url, token, authority),
+        Server(url, token, authority, os.environ.get("PERSONAE_SERVER_KEY")),
         share,
         num_images,
         seed=seed,
@@ -314,12 +314,12 @@ def _with_server(
     )
 
 
-def _needs_serve() -> None:
+def _needs_serve(*packages: str) -> None:
     from importlib.util import find_spec
 
     from personae.errors import ConfigError
 
-    if lacking := [name for name in ("cryptography", "fastapi", "uvicorn") if find_spec(name) is None]:
+    if lacking := [name for name in packages if find_spec(name) is None]:
         raise ConfigError(f"this needs {', '.join(lacking)}: pip install 'personae[serve]'")
 
 
@@ -339,11 +339,10 @@ def serve(
     """Begin drawings for clients, with the run's shared model, until Ctrl-C. They finish them at home."""
     from personae.recipe.workflow import open_run
 
-    _needs_serve()
+    _needs_serve("cryptography", "fastapi", "uvicorn")
     from personae.serve.edge import serve as listen
 
     saved = open_run(run, device)
-    print(f"serving {run} on http{'s' if certificate else ''}://{host}:{port}; Ctrl-C stops it", flush=True)
     listen(
         saved,
         tokens,

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float32
@@ -23,10 +24,11 @@ from torch import Tensor
 from personae.artefact.save import digest, state_bytes, state_from_bytes
 from personae.core import Batch, Denoiser, State, device_of
 from personae.errors import ArtefactError, ConfigError, RefusedPacket
-from personae.infer.samplers import Sampler, check_steps, kind_of, scheduler_for, times_of, walk
+from personae.infer.samplers import Kind, Sampler, check_steps, kind_of, scheduler_for, times_of, walk
 
 VERSION = "1"
-LATENT, GENERATOR, HISTORY, SIGNATURE = "latent", "generator", "history.", "signature"
+LATENT, GENERATOR, HISTORY = "latent", "generator", "history."
+REQUEST, SIGNATURE = "request", "signature"
 
 REMEMBERED = (
     "_begin_index",
@@ -49,12 +51,12 @@ REMEMBERED = (
 )
 """What schedulers of diffusers change from step to step. Nothing else of a packet is ever set on one."""
 
-FARTHEST = 8.0
-"""A latent's largest number, in standard deviations of what it should be at this step."""
+FARTHEST, FARTHEST_HISTORY = 8.0, 100.0
+"""The largest number of a latent, and of what a scheduler remembers, in standard deviations of latents at this step."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """How a picture is drawn, and after how many calls of the model it changes hands. Both sides know it."""
 
     sampler: Sampler
@@ -92,7 +94,7 @@ def unsealed(data: bytes, verify: Callable[[bytes, bytes], None] | None = None) 
     return packet
 
 
-def begin(model: Denoiser, captions: Sequence[str], plan: Plan, rng: torch.Generator) -> State:
+def begin(model: Denoiser, captions: Sequence[str], plan: SplitPlan, rng: torch.Generator) -> State:
     """The first calls of the model, for one picture of each caption.
 
     Raises: ConfigError, when the plan is out of range.
@@ -102,7 +104,7 @@ def begin(model: Denoiser, captions: Sequence[str], plan: Plan, rng: torch.Gener
 
 @torch.no_grad()
 def begin_together(
-    model: Denoiser, requests: Sequence[Sequence[str]], plan: Plan, rngs: Sequence[torch.Generator]
+    model: Denoiser, requests: Sequence[Sequence[str]], plan: SplitPlan, rngs: Sequence[torch.Generator]
 ) -> list[State]:
     """The same for several requests in one batch, each from its own generator: what it would get alone, up to rounding.
 
@@ -133,28 +135,31 @@ def begin_together(
 
 
 @torch.no_grad()
-def finish(model: Denoiser, captions: Sequence[str], plan: Plan, packet: State) -> Float32[Tensor, "N ..."]:
+def finish(model: Denoiser, captions: Sequence[str], plan: SplitPlan, packet: State) -> Float32[Tensor, "N ..."]:
     """The other calls. Captions are one's own, and so are the model's parts. Returned on the CPU, in the model's range.
 
     Raises: ConfigError, when the plan is out of range; RefusedPacket, when the packet is of another base, schedule,
     plan or number of pictures, lacks what the scheduler remembers, or its numbers cannot be.
     """
     kind, scheduler, device = kind_of(plan.sampler), _scheduler(model, plan), device_of(model)
-    for what, expected in _expected(model, plan).items():
+    known = _expected(model, plan)
+    if more := sorted(map(str, [*packet.params, *(packet.facts.keys() - known.keys() - {"form"})])):
+        raise RefusedPacket(f"the packet holds {', '.join(more)[:200]}, which belongs to no hand-off")
+    for what, expected in known.items():
         if packet.facts.get(what) != expected:
             raise RefusedPacket(
-                f"the packet's {what} is {packet.facts.get(what)!r}, here it is {expected!r}; both sides need the same "
-                "pipeline and the same plan"
+                f"the packet's {what} is {_quoted(packet.facts.get(what))}, here it is {expected!r}; both sides need "
+                "the same pipeline and the same plan"
             )
     x_t = packet.extras.get(LATENT)
     shape = (len(captions), *model.sample_shape)
-    if x_t is None or tuple(x_t.shape) != shape:
+    if x_t is None or tuple(x_t.shape) != shape or x_t.dtype != torch.float32:
         raise RefusedPacket(f"the packet's latent is {_said(x_t)}, expected float32 {list(shape)}")
     generator = _generator(packet, kind.draws)
-    _take(scheduler, packet, shape, plan, kind.step, kind.draws)
-    if not x_t.dtype.is_floating_point or not x_t.isfinite().all():
+    if not x_t.isfinite().all():
         raise RefusedPacket(f"the packet's latent is {_said(x_t)} with numbers that are not finite")
     spread = _spread(scheduler, plan)
+    _take(scheduler, packet, shape, plan, kind, spread, device)
     if (largest := x_t.abs().max().item()) > FARTHEST * spread:
         raise RefusedPacket(
             f"the packet's latent reaches {largest:.1f} where {spread:.2f} is usual; it is not from this step"
@@ -173,7 +178,7 @@ def calls_of(model: Denoiser, sampler: Sampler, steps: int) -> int:
 # --- what both sides know ------------------------------------------------------------------------------------------
 
 
-def _scheduler(model: Denoiser, plan: Plan) -> Any:
+def _scheduler(model: Denoiser, plan: SplitPlan) -> Any:
     check_steps(plan.sampler, plan.steps, model.schedule.num_timesteps)
     scheduler = scheduler_for(plan.sampler, model.schedule, plan.steps)
     most = len(times_of(scheduler))
@@ -183,7 +188,7 @@ def _scheduler(model: Denoiser, plan: Plan) -> Any:
     return scheduler
 
 
-def _expected(model: Denoiser, plan: Plan) -> dict[str, str]:
+def _expected(model: Denoiser, plan: SplitPlan) -> dict[str, str]:
     scheduler = scheduler_for(plan.sampler, model.schedule, plan.steps)
     grid = {"timesteps": scheduler.timesteps}
     if getattr(scheduler, "sigmas", None) is not None:
@@ -191,18 +196,36 @@ def _expected(model: Denoiser, plan: Plan) -> dict[str, str]:
     config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
     return {
         "version": VERSION,
-        "base": digest(model.base()),
+        "base": base_digest(model),
         "scheduler": f"{type(scheduler).__name__} {_short(json.dumps(config, sort_keys=True, default=str).encode())}",
         "grid": f"{plan.calls} of {plan.steps} {digest(grid)}",
         "guidance": float(plan.guidance).hex(),
     }
 
 
+def request_digest(captions: Sequence[str], plan: SplitPlan, seed: int) -> str:
+    """By which a client knows that a packet answers its own request, and not another of the same plan."""
+    return _short(json.dumps([list(captions), list(astuple(plan)), seed]).encode())
+
+
+_BASES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def base_digest(model: Denoiser) -> str:
+    """Of all that both sides must have alike: the frozen weights, which never change, and the autoencoder's."""
+    if model not in _BASES:
+        vae = getattr(model, "vae", None)
+        arrays = {} if vae is None else {f"vae.{name}": value for name, value in vae.state_dict().items()}
+        scale = {} if vae is None else {"vae.scale": torch.tensor(float(vae.config.scaling_factor))}
+        _BASES[model] = digest({**model.base(), **arrays, **scale})
+    return _BASES[model]
+
+
 def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _conds(model: Denoiser, captions: Sequence[str], plan: Plan, device: torch.device) -> list[Any]:
+def _conds(model: Denoiser, captions: Sequence[str], plan: SplitPlan, device: torch.device) -> list[Any]:
     blank = torch.zeros(len(captions), *model.sample_shape, device=device)
     nulls = [False] if plan.guidance == 1.0 else [False, True]
     return [
@@ -211,7 +234,7 @@ def _conds(model: Denoiser, captions: Sequence[str], plan: Plan, device: torch.d
     ]
 
 
-def _spread(scheduler: Any, plan: Plan) -> float:
+def _spread(scheduler: Any, plan: SplitPlan) -> float:
     """The standard deviation of latents at this step: 1, or sqrt(1 + sigma^2) where noise is added and not mixed."""
     if float(scheduler.init_noise_sigma) == 1.0:
         return 1.0
@@ -238,19 +261,25 @@ def _remembered(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _take(
-    scheduler: Any, packet: State, shape: Sequence[int], plan: Plan, step: Mapping[str, Any], draws: bool
+    scheduler: Any,
+    packet: State,
+    shape: Sequence[int],
+    plan: SplitPlan,
+    kind: Kind,
+    spread: float,
+    device: torch.device,
 ) -> None:
     """Put the packet's history into the scheduler, if it is of the form that it has to be.
 
     Raises: RefusedPacket.
     """
-    rehearsed = _rehearsed(scheduler, shape, plan, step, draws)
+    rehearsed = _rehearsed(scheduler, shape, plan, kind)
     tensors, form = _remembered(rehearsed)
     told = _json(packet.facts.get("form"))
     if told != form:
         raise RefusedPacket(
-            f"the packet's history is {told}, expected {form}: pictures from a history that lacks something look right "
-            "and are not"
+            f"the packet's history is {_quoted(told)}, expected {_quoted(form)}: pictures from a history that lacks "
+            "something look right and are not"
         )
     came = {name.removeprefix(HISTORY): v for name, v in packet.extras.items() if name.startswith(HISTORY)}
     if lacking := sorted(tensors.keys() - came.keys()):
@@ -261,23 +290,27 @@ def _take(
         value = came[name]
         if value.shape != like.shape or value.dtype != like.dtype or not value.isfinite().all():
             raise RefusedPacket(f"the packet's {name} is {_said(value)}, expected finite {_said(like)}")
+        fixed = not value.dim()  # a time or a step, which does not depend on the picture
+        if (fixed and not torch.equal(value, like)) or value.abs().max().item() > max(FARTHEST_HISTORY * spread, 1000):
+            raise RefusedPacket(f"the packet's {name} cannot be from this step")
 
     def get(value: Any) -> Any:
         if isinstance(value, dict):
-            return came[value["tensor"]].to(tensors[value["tensor"]].device)
+            own = came[value["tensor"]]
+            return own.to(device) if own.dim() else own
         return [get(each) for each in value] if isinstance(value, list) else value
 
     for name, value in form.items():
         setattr(scheduler, name, get(value))
 
 
-def _rehearsed(scheduler: Any, shape: Sequence[int], plan: Plan, step: Mapping[str, Any], draws: bool) -> Any:
+def _rehearsed(scheduler: Any, shape: Sequence[int], plan: SplitPlan, kind: Kind) -> Any:
     """A scheduler that has gone through the first half with nothing in hand."""
     other = type(scheduler).from_config(dict(scheduler.config))
     other.set_timesteps(plan.steps)
     x_t = torch.zeros(*shape)
     for t in times_of(other)[: plan.calls]:
-        options = {**step, "generator": torch.Generator()} if draws else dict(step)
+        options = {**kind.step, "generator": torch.Generator()} if kind.draws else dict(kind.step)
         x_t = other.step(other.scale_model_input(x_t, t), t, x_t, **options).prev_sample
     return other
 
@@ -301,8 +334,13 @@ def _generator(packet: State, draws: bool) -> torch.Generator:
 def _json(text: Any) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _said(value: Tensor | None) -> str:

@@ -11,6 +11,7 @@ Source: Gal et al. 2022, Textual Inversion, arXiv:2208.01618. Several vectors fo
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,26 @@ class Words:
                 f"tokens: words are {list(self.words)} of {self.num_vectors} vectors; expected different words in "
                 "lower case without white space, such as <rex>, and at least 1 vector"
             )
+
+
+def plain(text: str, options: Words) -> str:
+    """The text with the known word in the place of every new one; where that stands beside it already, once."""
+    said: list[tuple[str, bool]] = []
+    for piece in cut(text, options.words):
+        new = piece.lower() in options.words
+        said += [(word, new) for word in (options.start if new else piece).split()]
+    kept: list[tuple[str, bool]] = []
+    for word, new in said:
+        if not kept or word.lower() != kept[-1][0].lower() or not (new or kept[-1][1]):
+            kept.append((word, new))
+    return " ".join(word for word, _ in kept)
+
+
+def cut(text: str, words: Sequence[str]) -> list[str]:
+    """A text in pieces, of which every new word is one. Of two that begin alike the longer one is meant."""
+    longest = sorted(words, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest))})", text, flags=re.IGNORECASE)
+    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 class NewWords(nn.Module):
@@ -86,14 +107,13 @@ class NewWords(nn.Module):
 
     def pieces(self, text: str) -> list[str | int]:
         """A text cut at the new words; of these their numbers, one for each vector."""
-        longest = sorted(self.options.words, key=len, reverse=True)  # of which a shorter one may be the beginning
         parts: list[str | int] = []
-        for piece in re.split(f"({'|'.join(map(re.escape, longest))})", text.lower()):
+        for piece in cut(text.lower(), self.options.words):
             if piece in self.options.words:
                 begin = self.first + self.options.words.index(piece) * self.options.num_vectors
                 parts += range(begin, begin + self.options.num_vectors)
-            elif piece.strip():
-                parts.append(piece.strip())
+            else:
+                parts.append(piece)
         return parts
 
     def _hide(self, table: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

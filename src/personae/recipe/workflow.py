@@ -143,6 +143,11 @@ class SavedRun:
         return {"sample_shape": self._clients.sample_shape, "label_names": self._clients.label_names}
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of an image: channels, height, width."""
+        return tuple(self._images["sample_shape"])
+
+    @property
     def label_names(self) -> list[str]:
         return list(self._images["label_names"])
 

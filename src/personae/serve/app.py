@@ -2,7 +2,7 @@
 
 `POST /v1/begin` takes a plan, neutral captions and a seed, as JSON, and answers with a packet (`infer/split.py`).
 `GET /v1/model` says which base the server has, and the key that signs its packets. Both need `Authorization: Bearer
-TOKEN`. Nothing of a request is logged or kept.
+TOKEN`. Nothing of a request is logged, or kept when it is answered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,12 +18,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
-from personae.artefact.save import digest
-from personae.core import Denoiser, stream
+from personae.core import stream
 from personae.errors import PersonaeError
 from personae.infer.samplers import Sampler
-from personae.infer.split import Plan, begin_together, calls_of, sealed
+from personae.infer.split import REQUEST, SplitPlan, base_digest, begin_together, calls_of, request_digest, sealed
 from personae.serve.batches import Batches, Full
 from personae.serve.limits import Limits, Rate, Tokens
 
@@ -41,8 +42,11 @@ class Begin(BaseModel):
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
-    def plan(self) -> Plan:
-        return Plan(self.sampler, self.steps, self.calls, self.guidance)  # type: ignore[arg-type]  # checked before
+    def plan(self) -> SplitPlan:
+        return SplitPlan(self.sampler, self.steps, self.calls, self.guidance)  # type: ignore[arg-type]  # checked before
+
+    def digest(self) -> str:
+        return request_digest(self.captions, self.plan(), self.seed)
 
 
 class Refused(Exception):
@@ -51,17 +55,21 @@ class Refused(Exception):
         self.status = status
 
 
-def application(model: Denoiser, key: Ed25519PrivateKey, tokens: Tokens, limits: Limits | None = None) -> FastAPI:
-    """`model` draws the first steps for everybody who has a token. It is not changed."""
+def application(model: Any, key: Ed25519PrivateKey, tokens: Tokens, limits: Limits | None = None) -> FastAPI:
+    """`model`, which reads captions, draws the first steps for everybody who has a token. It is not changed."""
     allowed = limits or Limits()
     rate = Rate(allowed.per_minute)
     public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
-    about = {"base": digest(model.base()), "key": public, "sample_shape": list(model.sample_shape)}
+    about = {"base": base_digest(model), "key": public, "sample_shape": list(model.sample_shape)}
 
     def work(requests: Sequence[Begin]) -> list[bytes]:
         rngs = [stream(request.seed, "begin") for request in requests]
-        packets = begin_together(model, [request.captions for request in requests], requests[0].plan(), rngs)
-        return [sealed(packet, key.sign) for packet in packets]
+        try:
+            packets = begin_together(model, [request.captions for request in requests], requests[0].plan(), rngs)
+        finally:
+            model.captions.forget()
+        told = [replace(p, facts={**p.facts, REQUEST: r.digest()}) for p, r in zip(packets, requests, strict=True)]
+        return [sealed(packet, key.sign) for packet in told]
 
     batches: Batches[Begin, bytes] = Batches(
         work,
@@ -70,6 +78,7 @@ def application(model: Denoiser, key: Ed25519PrivateKey, tokens: Tokens, limits:
         room=allowed.batch,
         seconds=allowed.batch_seconds,
         waiting=allowed.waiting,
+        each=allowed.waiting_each,
     )
 
     @contextlib.asynccontextmanager
@@ -95,16 +104,28 @@ def application(model: Denoiser, key: Ed25519PrivateKey, tokens: Tokens, limits:
 
     @app.post("/v1/begin")
     async def begin(request: Request) -> Response:
-        _owner(request, tokens, rate)
+        owner = _owner(request, tokens, rate)
         asked = _read(await _body(request, allowed), allowed, model)
+        drawing, gone = asyncio.ensure_future(batches.ask(owner, asked)), asyncio.ensure_future(_gone(request))
         try:
-            return Response(await batches.ask(asked), media_type=OCTETS)
+            await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not drawing.done():
+                raise Refused(499, "the client went away")
+            return Response(drawing.result(), media_type=OCTETS)
         except Full:
-            raise Refused(503, f"{allowed.waiting} requests are waiting already; try again in a moment") from None
+            raise Refused(503, "too many requests are waiting already; try again in a moment") from None
         except PersonaeError as error:
             raise Refused(422, str(error)) from error
+        finally:
+            drawing.cancel()
+            gone.cancel()
 
     return app
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _owner(request: Request, tokens: Tokens, rate: Rate) -> str:
@@ -130,12 +151,14 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 data += part
                 if len(data) > limits.bytes:
                     raise too_large
+    except ClientDisconnect:
+        raise Refused(499, "the client went away") from None
     except TimeoutError:
         raise Refused(408, f"the request took more than {limits.seconds:g} seconds to send") from None
     return bytes(data)
 
 
-def _read(data: bytes, limits: Limits, model: Denoiser) -> Begin:
+def _read(data: bytes, limits: Limits, model: Any) -> Begin:
     try:
         asked = Begin.model_validate_json(data)
     except ValidationError as error:
@@ -152,6 +175,7 @@ def _read(data: bytes, limits: Limits, model: Denoiser) -> Begin:
         if wrong:
             raise Refused(422, why)
     try:
+        model.captions.check(asked.captions)
         most = calls_of(model, asked.plan().sampler, asked.steps)
     except PersonaeError as error:
         raise Refused(422, str(error)) from error

@@ -15,11 +15,19 @@ class Full(Exception):
     """As many requests wait as may."""
 
 
+@dataclass(eq=False)
+class Waiting(Generic[Work, Answer]):
+    owner: str
+    request: Work
+    answer: asyncio.Future[Answer]
+
+
 @dataclass
 class Batches(Generic[Work, Answer]):
     """One thread works, a batch at a time; a batch holds requests of one kind, in the order in which they came.
 
-    `kind` says which belong together, `size` how much room one takes of `room`. `work` gives an answer for each.
+    `kind` says which belong together, `size` how much one takes of `room`. `work` gives an answer for each. Of
+    `waiting` places one owner may take `each`.
     """
 
     work: Callable[[Sequence[Work]], Sequence[Answer]]
@@ -28,17 +36,20 @@ class Batches(Generic[Work, Answer]):
     room: int
     seconds: float
     waiting: int
-    _queue: list[tuple[Work, asyncio.Future[Answer]]] = field(default_factory=list)
+    each: int
+    _queue: list[Waiting[Work, Answer]] = field(default_factory=list)
     _came: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def ask(self, request: Work) -> Answer:
-        """Raises: Full; what `work` raises, to everyone in the batch."""
-        if len(self._queue) >= self.waiting:
+    async def ask(self, owner: str, request: Work) -> Answer:
+        """Who is cancelled gives its place up. Raises: Full; what `work` raises for this request."""
+        self._queue[:] = [entry for entry in self._queue if not entry.answer.done()]
+        own = sum(entry.owner == owner for entry in self._queue)
+        if len(self._queue) >= self.waiting or own >= self.each:
             raise Full
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._queue.append((request, answer))
+        entry: Waiting[Work, Answer] = Waiting(owner, request, asyncio.get_running_loop().create_future())
+        self._queue.append(entry)
         self._came.set()
-        return await answer
+        return await entry.answer
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -48,30 +59,36 @@ class Batches(Generic[Work, Answer]):
             batch = self._next()
             if not self._queue:
                 self._came.clear()
-            wanted = [(request, answer) for request, answer in batch if not answer.done()]  # some clients went away
-            if not wanted:
-                continue
-            try:
-                answers = await asyncio.to_thread(self.work, [request for request, _ in wanted])
-            except Exception as error:
-                for _, answer in wanted:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            for (_, future), answered in zip(wanted, answers, strict=True):
-                if not future.done():
-                    future.set_result(answered)
+            await self._answer([entry for entry in batch if not entry.answer.done()])
 
-    def _next(self) -> list[tuple[Work, asyncio.Future[Answer]]]:
+    async def _answer(self, batch: Sequence[Waiting[Work, Answer]]) -> None:
+        """What fails for several is tried for each alone, so that nobody is told of another's request."""
+        if not batch:
+            return
+        try:
+            answers = await asyncio.to_thread(self.work, [entry.request for entry in batch])
+            pairs = list(zip(batch, answers, strict=True))
+        except Exception as error:
+            if len(batch) > 1:
+                for entry in batch:
+                    await self._answer([entry])
+            elif not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
+            return
+        for entry, answer in pairs:
+            if not entry.answer.done():
+                entry.answer.set_result(answer)
+
+    def _next(self) -> list[Waiting[Work, Answer]]:
         """The oldest request and the next ones of its kind, as far as there is room."""
-        first, used = self.kind(self._queue[0][0]), 0
-        taken: list[tuple[Work, asyncio.Future[Answer]]] = []
-        rest: list[tuple[Work, asyncio.Future[Answer]]] = []
+        taken: list[Waiting[Work, Answer]] = []
+        rest: list[Waiting[Work, Answer]] = []
+        used = 0
         for entry in self._queue:
-            fits = not taken or used + self.size(entry[0]) <= self.room
-            if self.kind(entry[0]) == first and fits:
+            alike = not taken or self.kind(entry.request) == self.kind(taken[0].request)
+            if alike and (not taken or used + self.size(entry.request) <= self.room):
                 taken.append(entry)
-                used += self.size(entry[0])
+                used += self.size(entry.request)
             else:
                 rest.append(entry)
         self._queue[:] = rest

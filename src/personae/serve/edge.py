@@ -1,84 +1,41 @@
-"""A run's shared model as a server, and a client's drawing that begins there and ends here."""
+"""A run's shared model as a server."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import ssl
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from torch import Tensor
 
-from personae.core import stream
+from personae.core import pick, stream
 from personae.errors import ArtefactError, ConfigError
-from personae.infer.sample import to_bytes
-from personae.infer.split import Plan, calls_of, finish
-from personae.personal.tokens import Words
+from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 from personae.recipe.models import Model, build_denoiser
 from personae.recipe.workflow import SavedRun
 from personae.serve.app import application
-from personae.serve.client import LOCAL, Server
+from personae.serve.client import LOCAL
 from personae.serve.limits import Limits, Tokens
 
 
 def shared_model(run: SavedRun) -> Model:
-    """What the server draws with: the released model, without anybody's words.
+    """What the server draws with: the released model, without anybody's words, and for nobody in particular.
 
     Raises: ConfigError, for a model that reads no text.
     """
     recipe = dataclasses.replace(run.recipe, backbone=dataclasses.replace(run.recipe.backbone, words=None))
-    model = build_denoiser(recipe, run.denoiser.image_shape)
+    model = build_denoiser(recipe, run.sample_shape)
     if not model.reads_captions:
         raise ConfigError(f"the model in {run.folder} reads no text; only drawings from a prompt are begun on a server")
-    missing = model.live().keys() - run.released.params.keys()
+    released = pick(run.released.params, model.live().__contains__)
+    missing = model.live().keys() - released.keys()
     nobody = model.initial(stream(run.recipe.seed, "server"), missing.__contains__)
-    model.load({**nobody, **run.released.params})
+    if EMBEDDING in missing and NULL_EMBEDDING in released:
+        nobody = {**nobody, EMBEDDING: released[NULL_EMBEDDING]}
+    model.load({**nobody, **released})
     return model
-
-
-def neutral(prompt: str, words: Words | None) -> str:
-    """The prompt as the server may see it: one's own words give way to the one that they started from."""
-    if words is None:
-        return prompt
-    for word in sorted(words.words, key=len, reverse=True):
-        prompt = re.sub(re.escape(word), words.start, prompt, flags=re.IGNORECASE)
-    said = prompt.split()
-    return " ".join(word for at, word in enumerate(said) if at == 0 or word != said[at - 1])
-
-
-def sample_with(
-    run: SavedRun,
-    client: str,
-    prompt: str,
-    server: Server,
-    share: float,
-    num_images: int = 1,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-) -> Tensor:
-    """What a client's personal model draws when the server takes this share of the model's calls, the first ones.
-
-    The server sees the prompt without the client's own words, how many pictures, the plan and the seed.
-
-    Shapes: uint8 [num_images, C, H, W].
-    Raises: ConfigError; ServerRefused; RefusedPacket.
-    """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"the server's share of steps is {share}, expected 0 to 1")
-    model, options = run.model(client), run.recipe.sampling
-    if not model.reads_captions:
-        raise ConfigError(f"the model in {run.folder} reads no text; leave out the server")
-    steps = options.steps if steps is None else steps
-    guidance = options.guidance if guidance is None else guidance
-    calls = round(share * calls_of(model, options.sampler, steps))
-    plan = Plan(options.sampler, steps, calls, guidance)
-    packet = server.begin([neutral(prompt, run.recipe.backbone.words)] * num_images, plan, seed)
-    return to_bytes(finish(model, [prompt] * num_images, plan, packet))
 
 
 def serve(
@@ -112,6 +69,9 @@ def serve(
             raise ConfigError(f"{certificate} and {certificate_key} cannot be used: {error}") from error
     key = Ed25519PrivateKey.generate() if signing_key is None else read_key(signing_key)
     app = application(shared_model(run), key, Tokens.read(tokens), limits)
+    public = key.public_key().public_bytes_raw().hex()
+    print(f"serving {run.folder} on http{'s' if certificate else ''}://{host}:{port}; Ctrl-C stops it", flush=True)
+    print(f"packets are signed by {public}", flush=True)
     uvicorn.run(
         app,
         host=host,
@@ -120,6 +80,7 @@ def serve(
         ssl_keyfile=certificate_key,
         access_log=False,
         ws="none",
+        http="h11",
         log_level="warning",
         timeout_keep_alive=10,
         h11_max_incomplete_event_size=16_384,

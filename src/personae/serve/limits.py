@@ -12,14 +12,14 @@ from pathlib import Path
 from personae.errors import ConfigError
 
 SHORTEST = 16
-"""Characters of a token; `personae serve --new-token` makes one of 43."""
+"""Characters of a token."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Of a request: bytes, pictures, sampler steps, characters of a caption, seconds to send it. `batch` pictures go
-    through the model together, which waits `batch_seconds` for them; `waiting` requests may wait, and a token has
-    `per_minute`."""
+    through the model together, which waits `batch_seconds` for them; `waiting` requests may wait, `waiting_each`
+    of one token, which has `per_minute`."""
 
     bytes: int = 16_384
     pictures: int = 8
@@ -28,6 +28,7 @@ class Limits:
     batch: int = 16
     batch_seconds: float = 0.05
     waiting: int = 256
+    waiting_each: int = 128
     per_minute: int = 120
     seconds: float = 10.0
 
@@ -40,7 +41,7 @@ class Tokens:
 
     @classmethod
     def read(cls, path: Path) -> Tokens:
-        """From a file of lines "NAME TOKEN"; what follows a # is a comment.
+        """From a file of lines "NAME TOKEN"; a word that begins with # begins a comment.
 
         Raises: ConfigError, which never quotes a token.
         """
@@ -49,16 +50,19 @@ class Tokens:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}, which holds the tokens, cannot be read: {type(error).__name__}") from error
         hashes: dict[str, str] = {}
+        taken: set[str] = set()
         for number, line in enumerate(text.splitlines(), 1):
-            words = line.split("#")[0].split()
+            words = line.split()
+            words = words[: next((at for at, word in enumerate(words) if word.startswith("#")), None)]
             if not words:
                 continue
-            if len(words) != 2 or len(words[1]) < SHORTEST or words[0] in hashes:
+            if len(words) != 2 or len(words[1]) < SHORTEST or words[0] in hashes or _hash(words[1]) in taken:
                 raise ConfigError(
-                    f"{path}, line {number}: expected a name that no other line has and a token of at least {SHORTEST} "
-                    "characters, with white space between them"
+                    f"{path}, line {number}: expected a name and a token of at least {SHORTEST} characters that no "
+                    "other line has, with white space between them"
                 )
             hashes[words[0]] = _hash(words[1])
+            taken.add(hashes[words[0]])
         if not hashes:
             raise ConfigError(f"{path} holds no token; write a line NAME TOKEN for everyone who may ask")
         return cls(hashes)
