@@ -56,7 +56,7 @@ def test_the_commands_run_as_they_stand(tmp_path, photos, tiny, monkeypatch, com
     spoken = [words for words in commands() if "flower" not in words]  # its processes take a minute: tests/slow
     assert [words[0] for words in spoken] == [
         "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor",
-        "personalize", "sample", "export", "import", "inspect", "run", "deploy", "bench",
+        "personalize", "sample", "sample", "export", "import", "inspect", "run", "deploy", "bench",
     ]  # fmt: skip
     tiny_pipeline(tmp_path / "sd-folder")
     shutil.copytree(photos, tmp_path / "photos" / "rex")

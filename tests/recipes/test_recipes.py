@@ -51,6 +51,7 @@ def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = [o for o in tiny if recipe.data.partition is not None or "partition" not in o]
     overrides += [FEWER_IMAGES[recipe.data.source]] if recipe.data.source in FEWER_IMAGES else []
+    overrides += ["method.words.steps=2"] if hasattr(recipe.method, "words") else []
     overrides += ["federation.minimum=2"] if recipe.federation.minimum is not None else []
     settings = [part for override in overrides for part in ("--set", override)]
 
@@ -112,6 +113,8 @@ LITTLE = {
         "rounds": 2,
         "fine_tuning": {"steps": 5, "lr": 0.01, "batch_size": 8},
     },
+    "drawing": {"num_names": 2, "num_scenes": 2, "steps": 2},
+    "parts": {"seeds": [0], "steps": 2, "num_drawn": 2, "num_unrelated": 2, "sampler_steps": 2},
     "variants": {"seeds": [0]},
 }
 """Settings of each kind of study that leave as little as still has all of its parts."""
@@ -131,7 +134,13 @@ def as_little_as_possible(name):
         settings["num_references"] = 16
         if any(change.startswith("data.num_images=") for change in settings["changes"]):  # drawing them takes long
             settings["changes"].append("data.num_images=1500")
-    for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ())):
+    if "parts" in settings:  # one of each kind, on a style and a person
+        settings["parts"] = [settings["parts"][0], settings["parts"][-1]]
+        settings["parts"][-1]["changes"] = ["method.training.steps=2"]
+        settings["subjects"] = settings["subjects"][::2]
+        for part in settings["parts"]:
+            part["rates"] = part["rates"][:1]
+    for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ()), *settings.get("parts", ())[1:]):
         if "changes" in part:
             part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]
     return {**table, "machine": {"workers": 1}}

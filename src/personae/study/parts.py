@@ -71,7 +71,7 @@ class Subject:
 @dataclass(frozen=True)
 class Part:
     """`method` as in `personae personalize`, with changes "key=value" of its recipe; or `shared`, the recipe of a run
-    that is trained first, whose method then personalizes."""
+    that is trained first, with these changes, whose method then personalizes."""
 
     name: str
     rates: tuple[float, ...]
@@ -135,7 +135,7 @@ class Parts:
         seed += int(cell["seed"])
         part = next((part for part in self.parts if part.name == cell.get("part")), None)
         if cell["stage"] == "shared" and part is not None:
-            run = trained(_run(folder, part, cell), str(part.shared), self._on_model(), seed)
+            run = trained(_run(folder, part, cell), str(part.shared), [*self._on_model(), *part.changes], seed)
             return {"seconds": run.summary["wall_seconds"], "bytes": run.released.num_bytes()}
         subject = next(subject for subject in self.subjects if subject.name == cell["subject"])
         own = pictures_of(subject, seed, part is not None and "tokens" in part.method and part.shared is None)
