@@ -8,6 +8,8 @@ import torch
 from personae import core
 
 CHECKED = (
+    "aggregate.cluster",
+    "aggregate.low_rank",
     "data.mixture",
     "data.partition",
     "data.sources",

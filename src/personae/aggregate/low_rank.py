@@ -49,13 +49,14 @@ def read(params: Arrays) -> dict[str, LowRank]:
     layers = {name.removesuffix(end) for name in params for end in (A, B) if name.endswith(end)}
     if alone := sorted(layer for layer in layers if layer + A not in params or layer + B not in params):
         raise MismatchedNames(f"{len(alone)} adapters have one factor only: {', '.join(alone[:3])}; expected A and B")
-    found = {layer: LowRank(params[layer + B], params[layer + A]) for layer in sorted(layers)}
-    for layer, change in found.items():
-        if change.B.dim() != 2 or change.A.dim() != 2 or change.B.shape[1] != change.rank:
+    found = {}
+    for layer in sorted(layers):
+        left, right = params[layer + B], params[layer + A]
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
             raise ShapeError(
-                f"the adapter of {layer} has B {list(change.B.shape)} and A {list(change.A.shape)}; expected [M, R] "
-                "and [R, N]"
+                f"the adapter of {layer} has B {list(left.shape)} and A {list(right.shape)}; expected [M, R] and [R, N]"
             )
+        found[layer] = LowRank(left, right)
     return found
 
 

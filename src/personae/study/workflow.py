@@ -179,7 +179,9 @@ class SavedStudy:
                 while left or waiting:
                     while left and len(waiting) < machine.workers:
                         cell = left.pop()
-                        waiting[pool.submit(_measure, self.study, cell, self.recipe.seed, self.folder)] = cell
+                        with _no_interrupt():
+                            asked = pool.submit(_measure, self.study, cell, self.recipe.seed, self.folder)
+                        waiting[asked] = cell
                     done = wait(waiting, return_when=FIRST_COMPLETED).done
                     for future in sorted(done, key=lambda future: future.exception() is not None):  # keep what there is
                         yield waiting.pop(future), future.result()
@@ -230,6 +232,19 @@ def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """A process that is started inside never hears Ctrl-C, not even while it imports; this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(threads: int) -> None:
