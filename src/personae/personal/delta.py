@@ -1,5 +1,7 @@
 """Changes of a frozen base's weights, each a part of its own: a layer computes with W + delta, and nobody writes to W.
 
+Letters in shapes: `*W` a weight.
+
 The change of `x.weight` is `delta.x.weight`, of the same shape, in float32, and starts at zero.
 
 Source: what Kumari et al. 2022, Custom Diffusion, arXiv:2212.04488, section 3.1, fine-tune, are keys and values of
@@ -63,7 +65,7 @@ class _Added(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
 
-    def forward(self, weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def forward(self, weight: Float[Tensor, " *W"]) -> Float[Tensor, " *W"]:
         return (weight.float() + self.delta).to(weight.dtype)
 
 
