@@ -18,8 +18,7 @@ from torch import Tensor
 
 from personae.core import Arrays
 from personae.errors import MismatchedNames, ShapeError
-
-A, B = ".lora_A", ".lora_B"
+from personae.personal.lora import A, B
 
 
 @dataclass(frozen=True)

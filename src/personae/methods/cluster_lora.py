@@ -12,11 +12,11 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from personae.aggregate import adapters as rules
 from personae.aggregate import fewest
-from personae.aggregate.low_rank import A, Adapter, B, LowRank, read, stacked, written
+from personae.aggregate.low_rank import Adapter, LowRank, read, stacked, written
 from personae.core import Arrays, Client, Select, State, Training, Update, Updates, pick, stream
 from personae.errors import ConfigError, EmptyRound
 from personae.local.fit import Fitted, fit
-from personae.personal.lora import is_lora
+from personae.personal.lora import A, B, is_lora
 from personae.personal.tokens import is_word
 
 Inside = Literal["nearest", "factor_mean", "common_A", "corrected_mean", "geometric_median", "multi_krum"]

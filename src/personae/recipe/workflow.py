@@ -125,7 +125,7 @@ class SavedRun:
     def denoiser(self) -> Model:
         """The one model in memory; every client's parts are loaded into it."""
         torch.set_num_threads(self.recipe.machine.threads)
-        model = build_denoiser(self.recipe, tuple(self._images["sample_shape"]))
+        model = build_denoiser(self.recipe, self.sample_shape)
         began = self._images.get("base")
         if began is not None and began != digest(model.base()):
             raise ArtefactError(

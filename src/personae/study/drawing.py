@@ -175,24 +175,20 @@ SCENES = ("both at their places", "both anywhere")
 
 def _chart(rows: Sequence[Sequence[Any]]) -> Chart:
     told = "Drawn pictures, beside real ones and what the autoencoder alone makes of these."
+    marks = (
+        ("drawn", "after", "o"),
+        ("through the autoencoder", "up", "s"),
+        ("real", "real", "o"),
+        ("chance", "down", "|"),
+    )
 
     def draw(axes: Axes) -> None:
         for at, (_, drawn, back, real, chance, _) in enumerate(rows):
             axes.plot([drawn, real], [at, at], color=COLOURS["before"], linewidth=1, zorder=1)
-            for value, colour, marker in (
-                (drawn, "after", "o"),
-                (back, "up", "s"),
-                (real, "real", "o"),
-                (chance, "down", "|"),
-            ):
+            for value, (_, colour, marker) in zip((drawn, back, real, chance), marks, strict=True):
                 if value is not None:
                     axes.plot(value, at, marker, color=COLOURS[colour], markersize=7)
-        for label, colour, marker in (
-            ("drawn", "after", "o"),
-            ("through the autoencoder", "up", "s"),
-            ("real", "real", "o"),
-            ("chance", "down", "|"),
-        ):
+        for label, colour, marker in marks:
             axes.plot([], [], marker, color=COLOURS[colour], label=label)
         axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows])
         axes.invert_yaxis()
