@@ -10,6 +10,8 @@ from personae import core
 CHECKED = (
     "aggregate.cluster",
     "aggregate.low_rank",
+    "aggregate.newcomers",
+    "attack",
     "data.mixture",
     "data.partition",
     "data.sources",

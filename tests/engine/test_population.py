@@ -7,7 +7,7 @@ import torch
 
 from personae.core import Images, Training, stream
 from personae.engine import InProcess
-from personae.engine.population import POOLED, Pooled, Population
+from personae.engine.population import POOLED, Pooled, Population, Roster
 from personae.errors import ConfigError
 from personae.local.fit import fit
 from personae.methods import FedAvgFT
@@ -38,6 +38,17 @@ def test_those_who_cannot_be_reached_are_not_asked():
     assert population.cohort(1, 0, []) == []
 
 
+def test_late_clients_are_asked_from_their_round_on():
+    population = replace(tiny_population(4), late=("c1", "c3"), late_from=3)
+    names = ["c0", "c1", "c2", "c3"]
+    assert [population.cohort(number, 0, names) for number in (1, 2)] == [["c0", "c2"]] * 2
+    assert population.cohort(3, 0, names) == names
+    roster = Roster(population.model, None, (), ("c1", "c3"), 3)
+    assert roster.cohort(2, 0, names) == ["c0", "c2"] and roster.cohort(3, 0, names) == names
+    with pytest.raises(ConfigError, match="nobody can be late where all data are pooled"):
+        Pooled(population)
+
+
 def test_a_cohort_is_a_uniform_sample_without_replacement_in_name_order():
     population = tiny_population(5, cohort_size=2)
     counts = Counter(tuple(population.cohort(number, 0, population.train)) for number in range(2000))
@@ -55,6 +66,9 @@ def test_a_cohort_is_a_uniform_sample_without_replacement_in_name_order():
         ({"train": ["c0", "c1", "c0"]}, "names are used twice: c0"),
         ({"new": ["c0"]}, "names are used twice: c0"),
         ({"train": ["c0", "c9"]}, "no data for c9"),
+        ({"late": ["c9"], "late_from": 2}, "late clients c9 do not train"),
+        ({"late": ["c1"]}, "late_from is 1; say from which round"),
+        ({"late": ["c0", "c1", "c2"], "late_from": 2}, "nobody is there before round 2"),
     ],
 )
 def test_what_cannot_be_is_refused(change, found):

@@ -15,6 +15,7 @@ from personae.aggregate.adapters import (
 )
 from personae.aggregate.low_rank import LowRank, read, stacked, written
 from personae.aggregate.mean import mean
+from personae.artefact.run_folder import RunFolder
 from personae.backbone.text2image import TextToImage
 from personae.core import ClientData, Images, State, Training, Update, nothing, pick, stream
 from personae.engine import InProcess
@@ -25,6 +26,7 @@ from personae.methods import ClusterLora
 from personae.personal.lora import Lora, is_lora
 from personae.personal.tokens import Words, is_word
 from personae.testing import check_method, tiny_job
+from personae.testing.contract import differing_states
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
 TRAINING = Training(2, 0.01, 2)
@@ -272,3 +274,95 @@ def test_bad_options_are_refused(values):
         replace(METHOD, **values)
     with pytest.raises(ConfigError, match="never trained"):
         replace(METHOD, words=Training(0, 0.1, 2))
+
+
+# --- newcomers -----------------------------------------------------------------------------------------------------
+
+SETTLED = replace(METHOD, grouping_rounds=1, smallest_cluster=2, probation=2)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def settled(make, method=SETTLED):
+    """A server after its first round, with groups of two and three, and a start for adapters."""
+    server = method.init(make().initial(stream(0)))
+    start = read(server.params)
+    return method.aggregate(server, updates_of({name: drawn(k, start) for k, name in enumerate(STYLES)}, STYLES)), start
+
+
+def test_a_newcomer_joins_its_group_and_counts_more_from_round_to_round(make):
+    method = replace(SETTLED, inside="factor_mean")
+    first, start = settled(make, method)
+    late = updates_of({"late": drawn(20, start)}, {"late": AXES[1]})
+    second = method.aggregate(first, late)
+    assert second.facts["cluster of late"] == first.facts["cluster of b0"] and second.facts["clusters"] == 2
+    assert same(method.broadcast(second, "b0").params, method.broadcast(first, "b0").params), "nothing yet"
+    assert same(method.broadcast(second, "late").params, method.broadcast(first, "b0").params)
+    assert second.facts["newcomer: round of late"] == 2
+    assert second.facts["newcomer: likeness of late"] == pytest.approx(1, abs=1e-5)
+    assert 0 < second.facts["newcomer: redundancy of late"] <= 1
+    before = read(method.broadcast(second, "b0").params)
+    both = {"b0": drawn(21, start), "late": drawn(22, start)}
+    third = method.aggregate(second, updates_of(both, {"b0": AXES[1], "late": AXES[1]}))
+    half = factor_mean([both["b0"], both["late"]], [2 / 3, 1 / 3])
+    assert close(read(method.broadcast(third, "b0").params), half), "half of what it will count for"
+    fourth = method.aggregate(third, updates_of(both, {"b0": AXES[1], "late": AXES[1]}))
+    assert close(read(method.broadcast(fourth, "b0").params), factor_mean([both["b0"], both["late"]], [0.5, 0.5]))
+    assert not close(before, half)
+
+
+def test_a_newcomer_of_a_new_kind_opens_a_group_that_is_shown_when_it_is_large_and_old_enough(make):
+    first, start = settled(make)
+    assert method_shown(first) == 2
+    strangers = {"x0": AXES[5], "x1": AXES[5]}
+    sent = {"x0": drawn(30, start), "x1": drawn(31, start)}
+    second = SETTLED.aggregate(first, updates_of(sent, strangers))
+    assert second.facts["cluster of x0"] == second.facts["cluster of x1"] == 2
+    assert second.facts["newcomer: likeness of x0"] == pytest.approx(0, abs=1e-5)
+    assert method_shown(second) == 2 and same(second.params, first.params), "nobody else gets any of it"
+    assert far(read(SETTLED.broadcast(second, "x0").params), read(first.params)) > 0.1, "they have it for themselves"
+    third = SETTLED.aggregate(second, updates_of(sent, strangers))
+    assert method_shown(third) == 2
+    fourth = SETTLED.aggregate(third, updates_of(sent, strangers))
+    assert method_shown(fourth) == 3 and not same(fourth.params, first.params)
+    released = SETTLED.release(fourth)
+    assert sum(fourth.facts[f"share {n}"] for n in range(3)) == pytest.approx(1)
+    assert torch.equal(released.extras["centre.2"], fourth.extras["centre.2"])
+
+
+def method_shown(server):
+    return SETTLED.release(server).facts["clusters"]
+
+
+def test_one_newcomer_alone_is_never_shown(make):
+    server, start = settled(make)
+    for _ in range(4):
+        server = SETTLED.aggregate(server, updates_of({"x0": drawn(30, start)}, {"x0": AXES[5]}))
+    assert server.facts["clusters"] == 3 and method_shown(server) == 2
+
+
+def test_with_as_many_groups_as_may_be_a_stranger_joins_the_likest(make):
+    method = replace(SETTLED, most_clusters=2)
+    first, start = settled(make, method)
+    likest = torch.nn.functional.normalize(AXES[5] + 0.1 * AXES[1], dim=0)
+    second = method.aggregate(first, updates_of({"x0": drawn(30, start)}, {"x0": likest}))
+    assert second.facts["cluster of x0"] == second.facts["cluster of b0"]
+
+
+def test_flower_carries_groups_and_late_clients_to_the_same_bits(population, tmp_path):
+    from personae.testing.loopback import Loopback
+
+    method = replace(METHOD, grouping_rounds=1, probation=1)
+    population = replace(population, late=("c2",), late_from=2)
+    here = InProcess().run(tiny_job(method, population, rounds=3, folder=tmp_path / "here"))
+    engine = Loopback()
+    there = engine.run(tiny_job(method, population, rounds=3, folder=tmp_path / "there"))
+    assert differing_states(here.server, there.server) == []
+    for name in ("c0", "c1", "c2", "n0"):
+        assert differing_states(here.personal[name], there.personal[name]) == [], name
+    records = [message.content.array_records for grid in engine.grids for message in (*grid.pushed, *grid.replied)]
+    sent = b"".join(array.data for own in records for record in own.values() for array in record.values())
+    assert b"lora_B" in sent and b"descriptor" in sent and b"<own>" not in sent, "words stay at home"
+    assert "newcomer: likeness of c2" in RunFolder(tmp_path / "here").server().facts

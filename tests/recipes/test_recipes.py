@@ -92,6 +92,13 @@ LITTLE = {
         "trained": 3,
         "steps": 20,
     },
+    "handover": {
+        "changes": ["method.words.steps=2", "method.training.steps=2"],
+        "seeds": [0],
+        "shares": [0.0, 0.5],
+        "num_names": 4,
+        "steps": 2,
+    },
     "imperfect_backbone": {
         "seeds": [0],
         "rounds": [1],
@@ -101,6 +108,17 @@ LITTLE = {
         "learning_steps": 10,
         "scales": [0.6],
         "degrees": [20.0],
+    },
+    "leakage": {
+        "changes": ["data.partition.num_clients=5", "method.words.steps=2", "method.training.steps=1"],
+        "seeds": [0],
+        "num_prompts": 2,
+        "state_noises": [0.0],
+        "num_shadows": 1,
+        "shadow_images": 4,
+        "num_captions": 2,
+        "noises": [0.0, 0.5],
+        "num_draws": 2,
     },
     "mixing_weight": {"images": [20, 40], "repeats": 10, "every": 500},
     "mixture_federation": {
@@ -113,11 +131,16 @@ LITTLE = {
         "rounds": 2,
         "fine_tuning": {"steps": 5, "lr": 0.01, "batch_size": 8},
     },
+    "collaboration": {"seeds": [0], "rates": [0.001], "num_names": 4, "sampler_steps": 2},
     "drawing": {"num_names": 2, "num_scenes": 2, "steps": 2},
     "parts": {"seeds": [0], "steps": 2, "num_drawn": 2, "num_unrelated": 2, "sampler_steps": 2},
     "variants": {"seeds": [0]},
 }
 """Settings of each kind of study that leave as little as still has all of its parts."""
+
+
+def tables(settings, key):
+    return [entry for entry in settings.get(key, ()) if isinstance(entry, dict)]
 
 
 def as_little_as_possible(name):
@@ -127,7 +150,9 @@ def as_little_as_possible(name):
     settings |= LITTLE[table["study"]]
     if "variants" in settings:
         settings["variants"] = settings["variants"][:2]  # all of them are read by tests/study/test_config.py
-    if "rivals" in settings:
+    if table["study"] == "collaboration":
+        settings["rivals"], settings["weights"] = settings["rivals"][:1], settings["weights"][:2]
+    elif "rivals" in settings:
         settings["rivals"] = settings["rivals"][:2]
         settings["changes"] += ["data.partition.num_clients=8", "data.partition.num_new=3", "cohort=2"]
         settings["changes"] += ["data.partition.images_per_client=10", "data.partition.images_per_new=20"]
@@ -140,7 +165,7 @@ def as_little_as_possible(name):
         settings["subjects"] = settings["subjects"][::2]
         for part in settings["parts"]:
             part["rates"] = part["rates"][:1]
-    for part in (settings, *settings.get("variants", ()), *settings.get("rivals", ()), *settings.get("parts", ())[1:]):
+    for part in (settings, *settings.get("variants", ()), *tables(settings, "rivals"), *settings.get("parts", ())[1:]):
         if "changes" in part:
             part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]
     return {**table, "machine": {"workers": 1}}

@@ -1,7 +1,9 @@
 """From a run to a picture that a server began, over HTTPS, with real sockets."""
 
 import datetime
+import http.client
 import ipaddress
+import json
 import threading
 import time
 
@@ -14,10 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from personae.core import stream
+from personae.data.emoji import pack
 from personae.errors import ArtefactError, ConfigError, RefusedPacket, ServerRefused
 from personae.infer.sample import to_bytes
 from personae.infer.split import SplitPlan, begin, finish
-from personae.personal.tokens import Words
+from personae.personal.tokens import Words, is_word
 from personae.recipe.personal import personal_recipe
 from personae.recipe.workflow import run
 from personae.serve.app import application
@@ -113,6 +116,38 @@ def test_a_picture_begins_there_and_ends_here(saved, listening, certificate):
     assert torch.equal(images, expected)
     sent = b"".join(came)
     assert b"a dog left of a tree" in sent and b"rex" not in sent
+
+
+def test_nothing_private_is_in_what_travels(saved, listening, certificate, monkeypatch):
+    """All bytes on both ways, as they are before TLS: heads, addresses and bodies."""
+    sent, came, send, read = [], [], http.client.HTTPConnection.send, http.client.HTTPResponse.read
+
+    def sending(self, data):
+        sent.append(bytes(data))
+        return send(self, data)
+
+    def reading(self, *asked):
+        came.append(read(self, *asked))
+        return came[-1]
+
+    monkeypatch.setattr(http.client.HTTPConnection, "send", sending)
+    monkeypatch.setattr(http.client.HTTPResponse, "read", reading)
+    sample_with(saved, "rex", "a <rex> left of a tree", Server(listening[0], TOKEN, certificate[0]), 0.3, seed=8)
+    up, down = b"".join(sent), b"".join(came)
+    seed = int(torch.randint(2**62, (), generator=stream(8, "server", 0)))
+    plan = {"sampler": "dpmsolver++", "steps": 6, "calls": 2, "guidance": 3.0}
+    assert json.loads(sent[-1]) == {"captions": ["a dog left of a tree"], **plan, "seed": seed}
+    packet = came[-1]
+    head = packet[8 : 8 + int.from_bytes(packet[:8], "little")]
+    assert b"extras/latent" in head, "the packet is what was recorded"
+    for word in ("rex", *pack().words.values()):
+        assert word.encode() not in up and word.encode() not in head
+    for said in ("a dog", "left of", "tree"):
+        assert said.encode() not in head and said.encode() not in down
+    own = saved.personal("rex")
+    assert any(is_word(name) for name in own)
+    for value in own.values():
+        assert value.flatten()[:4].numpy().tobytes() not in up + down
 
 
 def test_the_command_draws_with_a_server(saved, listening, certificate, command, monkeypatch, tmp_path):

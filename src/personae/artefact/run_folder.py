@@ -170,6 +170,17 @@ class RunFolder:
         write_bytes(self.path / "rounds.jsonl", lines.encode())
         return manifest["round"], load_state(folder / manifest["server"]), records
 
+    def server(self) -> State | None:
+        """The server's state after the last committed round; None, when nothing was committed yet."""
+        manifest = self.path / "checkpoint" / "checkpoint.json"
+        return load_state(manifest.parent / read_json(manifest)["server"]) if manifest.is_file() else None
+
+    def last_kept(self, client: str) -> State:
+        """What a client keeps after the last committed round; an empty State, when it took part in none."""
+        folder = self.path / "checkpoint"
+        there = read_json(folder / "checkpoint.json")["clients"] if (folder / "checkpoint.json").is_file() else {}
+        return load_state(folder / there[client]) if client in there else State()
+
     # --- results ---------------------------------------------------------------------------------------------
 
     def save_released(self, released: State, backbone: str) -> None:

@@ -77,14 +77,14 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "projection_class_embeddings_input_dim": 6 * 4 + 20,
         },
     },
-    # 32 x 32 pictures in latents of 8 x 8 x 4.
+    # 32 x 32 pictures in latents of 8 x 8 x 8.
     "tiny": {
         "vae": {
             "block_out_channels": (32, 64, 64),
             "down_block_types": ("DownEncoderBlock2D",) * 3,
             "up_block_types": ("UpDecoderBlock2D",) * 3,
             "layers_per_block": 1,
-            "latent_channels": 4,
+            "latent_channels": 8,
             "norm_num_groups": 16,
         },
         "text": {
@@ -96,6 +96,8 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "unet": {
             "sample_size": 8,
+            "in_channels": 8,
+            "out_channels": 8,
             "block_out_channels": (64, 128),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -21,9 +21,11 @@ SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
 class Population:
     """Clients by name, their data, and the model that each of them works in, one after the other.
 
-    `train` take part in rounds, `cohort_size` of them at a time (all when None); `new` come afterwards.
+    `train` take part in rounds, `cohort_size` of them at a time (all when None); `new` come afterwards. Of those who
+    train, `late` ones are there from round `late_from` on.
 
-    Raises: ConfigError, when names are missing, doubled or without data, or the cohort is out of range.
+    Raises: ConfigError, when names are missing, doubled or without data, the cohort is out of range, or nobody is there
+    from the first round.
     """
 
     model: Denoiser
@@ -31,6 +33,8 @@ class Population:
     train: Sequence[str]
     new: Sequence[str] = ()
     cohort_size: int | None = None
+    late: Sequence[str] = ()
+    late_from: int = 1
 
     def __post_init__(self) -> None:
         names = [*self.train, *self.new]
@@ -50,6 +54,12 @@ class Population:
             problems.append(
                 f"cohort is {self.cohort_size}, expected 1 to {len(self.train)}, the number of training clients"
             )
+        if lost := sorted(set(self.late) - set(self.train)):
+            problems.append(f"late clients {', '.join(lost)} do not train; who does: {', '.join(self.train)}")
+        elif self.late and self.late_from <= 1:
+            problems.append(f"clients are late, and late_from is {self.late_from}; say from which round, 2 or later")
+        elif self.train and set(self.late) == set(self.train):
+            problems.append(f"every client is late: nobody is there before round {self.late_from}")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -58,7 +68,8 @@ class Population:
 
     def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
         """A uniform sample without replacement, in name order; everyone, when not more can be reached."""
-        return draw_cohort([name for name in self.train if name in known], self.cohort_size, round, seed)
+        there = arrived([name for name in self.train if name in known], self.late, self.late_from, round)
+        return draw_cohort(there, self.cohort_size, round, seed)
 
     def client(self, name: str, when: int | str, seed: int) -> Client:
         return Client(name, self.data[name], self.model, stream(seed, name, when))
@@ -71,6 +82,8 @@ class Roster:
     model: Denoiser
     cohort_size: int | None = None
     new: Sequence[str] = ()
+    late: Sequence[str] = ()
+    late_from: int = 1
 
     @property
     def train(self) -> Sequence[str]:
@@ -80,10 +93,16 @@ class Roster:
         return self.model.initial(stream(seed, "server", "init"))
 
     def cohort(self, round: int, seed: int, known: Sequence[str]) -> Sequence[str]:
-        return draw_cohort(sorted(known), self.cohort_size, round, seed)
+        there = arrived(sorted(known), self.late, self.late_from, round)
+        return draw_cohort(there, self.cohort_size, round, seed)
 
     def client(self, name: str, when: int | str, seed: int) -> Client:
         raise FederationError(f"client {name!r} is at its own machine; the server holds nobody's data")
+
+
+def arrived(names: Sequence[str], late: Sequence[str], late_from: int, round: int) -> list[str]:
+    """Who of the names is there in this round."""
+    return [name for name in names if round >= late_from or name not in late]
 
 
 def draw_cohort(names: Sequence[str], size: int | None, round: int, seed: int) -> list[str]:
@@ -106,6 +125,8 @@ class Pooled:
     def __post_init__(self) -> None:
         if POOLED in (*self.members.train, *self.members.new):
             raise ConfigError(f"a client is called {POOLED!r}, as the pooled data are; rename it")
+        if self.members.late:
+            raise ConfigError("nobody can be late where all data are pooled; leave out federation.late")
 
     @property
     def train(self) -> Sequence[str]:

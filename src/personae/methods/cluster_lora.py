@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from personae.aggregate import adapters as rules
 from personae.aggregate import fewest
 from personae.aggregate.low_rank import Adapter, LowRank, read, stacked, written
+from personae.aggregate.newcomers import Familiar, familiar, redundancy, trust
 from personae.core import Arrays, Client, Select, State, Training, Update, Updates, pick, stream
 from personae.errors import ConfigError, EmptyRound
 from personae.local.fit import Fitted, fit
@@ -24,6 +25,9 @@ Inside = Literal["nearest", "factor_mean", "common_A", "corrected_mean", "geomet
 DESCRIPTOR = "descriptor"
 CLUSTER, CENTRE, REST, SEEN = "cluster", "centre", "rest", "seen"
 """Fronts of what the server keeps: "cluster.0.<layer>.lora_A", "centre.0", "rest.0.<layer>.lora_A", "seen.<client>"."""
+
+NEWCOMER, WITHHELD = "newcomer: ", "withheld"
+"""Fronts of facts: what is known of those who came late, and which groups' adapters are not given to all yet."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class ClusterLora:
     first. A group of one is that client: `smallest_cluster` says how many stand behind what all are given, once as many
     have come. A client that began elsewhere, in its first round or after its group has changed, counts by how far it
     went. Updates without a usable description are left out and counted.
+
+    Groups are formed anew for whoever comes in the first `grouping_rounds`; afterwards they stay, and a newcomer joins
+    the group that its description is likeliest from, or opens one of its own. In its first round it changes nothing of
+    what others get, and counts more from round to round until it counts wholly after `probation` rounds; a group of
+    newcomers, or of fewer than `smallest_cluster`, has its adapter for itself until then. Rules that weigh nobody leave
+    newcomers out in their first round only. Facts say of each newcomer how like its group it is, and how much of its
+    first update the groups had no part in (`aggregate/newcomers.py`).
 
     `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
     again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
@@ -55,6 +66,8 @@ class ClusterLora:
     attackers: int = 0
     most_clusters: int = 8
     smallest_cluster: int = 3
+    grouping_rounds: int = 3
+    probation: int = 3
     descriptor_width: int = 64
     weigh_sign: Literal["distinct", "conservative"] = "distinct"
     weigh_trace: Literal["a", "b", "c"] = "a"
@@ -66,6 +79,7 @@ class ClusterLora:
         if self.inside not in get_args(Inside):
             raise ConfigError(f"inside is {self.inside!r}; expected one of {', '.join(get_args(Inside))}")
         least = {"most_clusters": 1, "smallest_cluster": 1, "descriptor_width": 1, "attackers": 0}
+        least |= {"grouping_rounds": 1, "probation": 0}
         least |= {"size_power": 0, "distance_power": 0, "trace_power": 0}
         if low := [
             f"{n} is {getattr(self, n)}, expected at least {m}" for n, m in least.items() if getattr(self, n) < m
@@ -103,40 +117,60 @@ class ClusterLora:
         new = {update.client: normalize(update.sent.extras[DESCRIPTOR], dim=0) for update in arrived}
         seen = {**_under(server.extras, f"{SEEN}."), **new}
         before = {name: int(server.facts[_of(name)]) for name in seen if _of(name) in server.facts}
-        groups = before if len(before) == len(seen) else self._grouped(seen)
+        number_now = int(server.facts["round"]) + 1
+        told: dict[str, Any] = {name: fact for name, fact in server.facts.items() if name.startswith(NEWCOMER)}
+        if len(before) == len(seen):
+            groups = before
+        elif number_now <= self.grouping_rounds or not before:
+            groups = self._grouped(seen)
+        else:
+            groups, found = self._joining(server, before, seen, arrived)
+            told |= found | {_came(name): number_now for name in seen if name not in before}
+        trusted = {name: trust(told.get(_came(name)), number_now, self.probation) for name in seen}
         count = max(groups.values()) + 1
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
         for number, ancestor in enumerate(_heirs(before, groups, count)):
+            members = [name for name in sorted(seen) if groups[name] == number]
             start = read(server.params if ancestor is None else _under(server.extras, f"{CLUSTER}.{ancestor}."))
             own = [update for update in arrived if groups[update.client] == number]
+            counts = [trusted[update.client] for update in own]
+            if _all_new(members, trusted):
+                counts = [1.0] * len(own)
+            own = [update for update, counted in zip(own, counts, strict=True) if counted]
             moved = [self._from(start, server, update) for update in own]
-            shares = rules.shares_of([update.num_examples for update in own]) if own else []
+            shares = _shares([update.num_examples for update in own], [counted for counted in counts if counted])
             carried = {} if ancestor is None else _under(server.extras, f"{REST}.{ancestor}.")
             combined, rest = self._inside(moved, shares, carried) if own else (start, carried)
             clusters.append(combined)
-            members = [seen[name] for name in sorted(seen) if groups[name] == number]
-            extras[f"{CENTRE}.{number}"] = torch.stack(members).mean(0)
+            extras[f"{CENTRE}.{number}"] = torch.stack([seen[name] for name in members]).mean(0)
             extras |= _front(f"{CLUSTER}.{number}.", written(combined)) | _front(f"{REST}.{number}.", rest)
-        weights = self._weights([list(groups.values()).count(c) for c in range(count)], clusters, extras)
+        shown = self._shown(groups, count, trusted)
+        weights = self.weights(groups, [clusters[number] for number in shown], shown, extras)
         facts: dict[str, Any] = {
-            "round": int(server.facts["round"]) + 1,
+            "round": number_now,
             "clusters": count,
             "left out": len(strange),
+            **told,
             **{_of(name): number for name, number in groups.items()},
-            **{f"share {number}": weight for number, weight in enumerate(weights)},
+            **{f"share {number}": weights[number] for number in shown},
+            **{f"{WITHHELD} {number}": True for number in range(count) if number not in shown},
         }
-        return State(written(self._common(clusters, weights)), extras, facts)
+        common = self._common([clusters[number] for number in shown], [weights[number] for number in shown])
+        return State(written(common), extras, facts)
 
     def release(self, server: State) -> State:
         """All clusters' adapters and centres, and stacked, in their shares, the one for everybody."""
-        count = int(server.facts["clusters"])
-        if not count:
+        shown = [n for n in range(int(server.facts["clusters"])) if f"{WITHHELD} {n}" not in server.facts]
+        if not shown:
             return State(server.params)
-        clusters = [read(_under(server.extras, f"{CLUSTER}.{number}.")) for number in range(count)]
-        everyone = stacked(clusters, [float(server.facts[f"share {number}"]) for number in range(count)])
-        extras = pick(server.extras, lambda name: name.startswith((f"{CLUSTER}.", f"{CENTRE}.")))
-        return State(written(everyone), extras, {"clusters": count})
+        clusters = [read(_under(server.extras, f"{CLUSTER}.{number}.")) for number in shown]
+        everyone = stacked(clusters, [float(server.facts[f"share {number}"]) for number in shown])
+        extras: dict[str, Tensor] = {}
+        for place, number in enumerate(shown):
+            extras |= _front(f"{CLUSTER}.{place}.", written(clusters[place]))
+            extras[f"{CENTRE}.{place}"] = server.extras[f"{CENTRE}.{number}"]
+        return State(written(everyone), extras, {"clusters": len(shown)})
 
     def _grouped(self, seen: Arrays) -> dict[str, int]:
         from personae.aggregate.cluster import clustered, similarities  # slow to import
@@ -145,6 +179,31 @@ class ClusterLora:
         similar = similarities(torch.stack([seen[name] for name in names]))
         labels = clustered(similar, most=self.most_clusters, smallest=self.smallest_cluster)
         return dict(zip(names, labels, strict=True))
+
+    def _joining(
+        self, server: State, before: Mapping[str, int], seen: Arrays, arrived: Sequence[Update]
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """Everybody's group, newcomers' being those they are likeliest from, and what is found of newcomers."""
+        known = _familiar(before, seen)
+        clusters = [read(_under(server.extras, f"{CLUSTER}.{n}.")) for n in range(int(server.facts["clusters"]))]
+        start, groups, found = read(server.params), dict(before), dict[str, float]()
+        for update in arrived:
+            if (name := update.client) in before:
+                continue
+            change = stacked([read(update.sent.params), start], [1.0, -1.0])
+            found[f"{NEWCOMER}likeness of {name}"] = float(known.likeness(seen[name]).max())
+            found[f"{NEWCOMER}redundancy of {name}"] = redundancy(clusters, change)[1]
+            so_far = _familiar(groups, seen)  # one who came in the same round may have opened a group for both
+            number = so_far.group(seen[name])
+            if number is None and len(so_far.sizes) >= self.most_clusters:
+                number = int(so_far.likeness(seen[name]).argmax())
+            groups[name] = len(so_far.sizes) if number is None else number
+        return groups, found
+
+    def _shown(self, groups: Mapping[str, int], count: int, trusted: Mapping[str, float]) -> list[int]:
+        """The groups whose adapters everybody gets: with enough members, newcomers not among them; of none, all."""
+        counted = [sum(groups[name] == number and trusted[name] == 1 for name in groups) for number in range(count)]
+        return [n for n in range(count) if counted[n] >= self.smallest_cluster] or list(range(count))
 
     def _usable(self, server: State, arrived: Sequence[Update]) -> tuple[list[Update], list[str]]:
         """The updates that can be taken, and whose cannot: without a usable description, or with an A of their own."""
@@ -199,17 +258,22 @@ class ClusterLora:
             return rules.factor_mean(clusters, weights)
         return rules.nearest(clusters, weights, min(change.rank for change in clusters[0].values()))
 
-    def _weights(self, sizes: Sequence[int], clusters: Sequence[Adapter], extras: Arrays) -> list[float]:
+    def weights(
+        self, groups: Mapping[str, int], clusters: Sequence[Adapter], shown: Sequence[int], extras: Arrays
+    ) -> dict[int, float]:
+        """The share of each of these groups in what all are given; `extras` are those of the server."""
         from personae.aggregate.cluster import domain_distances, domain_weights, normalized_traces
 
-        centres = torch.stack([extras[f"{CENTRE}.{number}"] for number in range(len(clusters))])
+        sizes = [list(groups.values()).count(number) for number in shown]
+        centres = torch.stack([extras[f"{CENTRE}.{number}"] for number in shown])
         powers: Mapping[Literal["size", "distance", "trace"], float] = {
             "size": self.size_power,
             "distance": self.distance_power,
             "trace": self.trace_power,
         }
         traces = normalized_traces(clusters, self.weigh_trace)
-        return domain_weights(sizes, domain_distances(centres), traces, powers=powers, sign=self.weigh_sign)
+        weights = domain_weights(sizes, domain_distances(centres), traces, powers=powers, sign=self.weigh_sign)
+        return dict(zip(shown, weights, strict=True))
 
     # --- the client ----------------------------------------------------------------------------------------------
 
@@ -245,10 +309,7 @@ class ClusterLora:
         fit(client, is_word, self.words)
         whole = model.describe(client.data.train.captions)
         model.load({**pick(model.params(), is_word), **adapter})
-        if len(whole) <= self.descriptor_width:
-            return torch.as_tensor(whole)
-        rows = torch.randn(len(whole), self.descriptor_width, generator=stream(0, "projection of descriptors"))
-        return normalize(torch.linalg.qr(rows)[0].T @ whole, dim=0)
+        return projected(whole, self.descriptor_width)
 
     def _fit_adapter(self, client: Client, how: Training) -> Fitted:
         return fit(client, is_lora if self.inside != "common_A" else _is_B, how)
@@ -262,6 +323,17 @@ FACTORS: Mapping[str, Callable[[Sequence[Adapter], Sequence[float]], dict[str, L
 """Rules that work on factors. The others do on products, and do not mind which factors stand for one."""
 
 
+def projected(whole: Tensor, width: int) -> Tensor:
+    """What words bring into captions, in fewer numbers: along directions that everybody knows, of unit length.
+
+    Shapes: `whole` is [D]; the result [width], or `whole` itself where D is not more.
+    """
+    if len(whole) <= width:
+        return torch.as_tensor(whole)
+    rows = torch.randn(len(whole), width, generator=stream(0, "projection of descriptors"))
+    return normalize(torch.linalg.qr(rows)[0].T @ whole, dim=0)
+
+
 def _ours(name: str) -> bool:
     return not is_word(name)
 
@@ -272,6 +344,27 @@ def _is_B(name: str) -> bool:
 
 def _of(client: str) -> str:
     return f"cluster of {client}"
+
+
+def _came(client: str) -> str:
+    return f"{NEWCOMER}round of {client}"
+
+
+def _familiar(groups: Mapping[str, int], seen: Arrays) -> Familiar:
+    names = sorted(groups)
+    return familiar(torch.stack([seen[name] for name in names]), [groups[name] for name in names])
+
+
+def _all_new(members: Sequence[str], trusted: Mapping[str, float]) -> bool:
+    return all(trusted[name] < 1 for name in members)
+
+
+def _shares(num_examples: Sequence[int], trusted: Sequence[float]) -> list[float]:
+    """By examples, of newcomers less; they sum to 1."""
+    if not num_examples:
+        return []
+    raw = [share * counted for share, counted in zip(rules.shares_of(num_examples), trusted, strict=True)]
+    return [value / sum(raw) for value in raw]
 
 
 def _under(arrays: Arrays, front: str) -> dict[str, Tensor]:

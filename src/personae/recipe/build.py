@@ -238,7 +238,8 @@ def sample_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 def build_job(recipe: Recipe, clients: Clients, model: Model, folder: Path | None) -> Job:
     """Everything that an engine needs, with all clients at hand."""
-    population = Population(model, clients.data, clients.train, clients.new, recipe.cohort)
+    late, late_from = recipe.federation.late, recipe.federation.late_from
+    population = Population(model, clients.data, clients.train, clients.new, recipe.cohort, late, late_from)
     members = Pooled(population) if recipe.data.pooled else population
     return build_job_of(recipe, members, folder, None if recipe.engine == "in_process" else RecipeSite(recipe))
 

@@ -256,7 +256,8 @@ def believable(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _job(recipe: Recipe, folder: Path) -> Job:
     model = build_denoiser(recipe, sample_shape(recipe))
-    return build_job_of(recipe, Roster(model, recipe.cohort, recipe.data.new), folder)
+    there = recipe.federation
+    return build_job_of(recipe, Roster(model, recipe.cohort, recipe.data.new, there.late, there.late_from), folder)
 
 
 def _open(folder: Path, recipe: Recipe) -> None:

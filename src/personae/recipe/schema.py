@@ -123,9 +123,13 @@ class Federation:
     or come too late beyond that are counted and left out. The rest is for engine "flower": a round ends for those who
     have not answered after `deadline_seconds`, or, once `minimum` have, after `times_median` times the median of their
     own times, but not before `least_seconds`; it waits `wait_seconds` for enough clients to appear.
+
+    Clients named in `late` take part from round `late_from` on, as somebody does who hears of it later.
     """
 
     minimum: int | None = None
+    late: tuple[str, ...] = ()
+    late_from: int = 1
     deadline_seconds: float = 3600.0
     times_median: float = 3.0
     least_seconds: float = 10.0

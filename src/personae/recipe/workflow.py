@@ -31,7 +31,7 @@ from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import keep_environment, versions
 from personae.recipe.measuring import cycled, drawn, measure_client
 from personae.recipe.models import Model, build_denoiser, check_captions, write_pipeline
-from personae.recipe.schema import Recipe
+from personae.recipe.schema import Federation, Recipe
 
 SUMMARY_VERSION = 1
 PREVIEWED = 8
@@ -197,9 +197,8 @@ class SavedRun:
     def job_of(self, data: Mapping[str, ClientData]) -> Job:
         """The same method for these clients alone, without anybody else's images."""
         clients = Clients(data, tuple(data), (), ())
-        return build_job(
-            dataclasses.replace(self.recipe, engine="in_process", cohort=None), clients, self.denoiser, self.folder
-        )
+        alone = dataclasses.replace(self.recipe, engine="in_process", cohort=None, federation=Federation())
+        return build_job(alone, clients, self.denoiser, self.folder)
 
     @cached_property
     def released(self) -> State:

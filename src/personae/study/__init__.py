@@ -4,24 +4,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from personae.study.adaptation import Adaptation
+from personae.study.collaboration import Collaboration
 from personae.study.components import Components
 from personae.study.drawing import Drawing
 from personae.study.embeddings import Embeddings
+from personae.study.handover import Handover
 from personae.study.imperfect_backbone import ImperfectBackbone
+from personae.study.leakage import Leakage
 from personae.study.mixing_weight import MixingWeight
 from personae.study.mixture_federation import MixtureFederation
+from personae.study.newcomers import Newcomers
 from personae.study.parts import Parts
 from personae.study.pretraining import Pretraining
 from personae.study.variants import Variants
 
 STUDIES: Mapping[str, Any] = {
     "adaptation": Adaptation,
+    "collaboration": Collaboration,
     "components": Components,
     "drawing": Drawing,
     "embeddings": Embeddings,
+    "handover": Handover,
     "imperfect_backbone": ImperfectBackbone,
+    "leakage": Leakage,
     "mixing_weight": MixingWeight,
     "mixture_federation": MixtureFederation,
+    "newcomers": Newcomers,
     "parts": Parts,
     "pretraining": Pretraining,
     "variants": Variants,

@@ -71,18 +71,19 @@ class Drawing:
         return self._names(seed, folder) if cell["stage"] == "names" else self._scenes(seed, folder)
 
     def _names(self, seed: int, folder: Path) -> Mapping[str, Any]:
-        order = torch.randperm(len(scene_names()), generator=stream(seed, "names"))[: self.num_names].tolist()
+        probe = fit_style_probe()
+        order = torch.randperm(len(scene_names()), generator=stream(seed, "names")).tolist()
+        order.sort(key=lambda at: scene_names()[at] not in probe.other_names)  # styles are told on what it has not met
+        order = order[: self.num_names]
         names = [scene_names()[at] for at in order] * len(SEEN_STYLES)
         styles = [style for style in SEEN_STYLES for _ in order]
         real = torch.cat([renderings(style, names[: len(order)]) for style in SEEN_STYLES])
         drawn, back = self._drawn([caption(s, n) for s, n in zip(styles, names, strict=True)], real, seed)
-        probe = fit_style_probe()
-        fresh = [at for at, name in enumerate(names) if name in probe.other_names]  # it has not learned these
+        fresh = [at for at, name in enumerate(names) if name in probe.other_names]
         figures: dict[str, Any] = {
             "style": {
-                "drawn": _share(probe.score(drawn, styles).drawn),
-                "real": _share(probe.real),
-                "through the autoencoder": _share(probe.score(back[fresh], [styles[at] for at in fresh]).drawn),
+                what: _share(probe.score(pictures[fresh], [styles[at] for at in fresh]).drawn)
+                for what, pictures in (("drawn", drawn), ("real", real), ("through the autoencoder", back))
             },
             "nearest rendering": {
                 "drawn": nearest_name(drawn, names, styles).drawn.top_1.share,
@@ -161,7 +162,7 @@ class Drawing:
         columns = ("right", "drawn", "through the autoencoder", "real", "chance", "drawn / real")
         seen, scene = len(named("seen")), len(scene_names())
         note = (
-            f"Style: by a probe of {len(SEEN_STYLES)} styles, real ones of names that it did not learn. Nearest "
+            f"Style: by a probe of {len(SEEN_STYLES)} styles, on names that it did not learn. Nearest "
             f"rendering: of {seen} in that style, the one asked for; real ones with a little blur and noise. "
             f"Name: by a map from features to sentence vectors that never saw the style, of {scene} names. "
             "Scenes: both things by their nearest rendering."

@@ -26,7 +26,7 @@ from personae.backbone.schedule import schedule
 from personae.backbone.text2image import TextToImage
 from personae.backbone.vocabulary import read_tokenizer, write_tokenizer
 from personae.core import Arrays, Client, ClientData, Images, State, Training, everything, joined, stream
-from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scenes, vocabulary
+from personae.data.emoji import SEEN_STYLES, caption, emoji, named, scene_names, scenes, vocabulary
 from personae.errors import ConfigError
 from personae.evaluate.charts import COLOURS, chart, logarithmic
 from personae.evaluate.grids import save_grid
@@ -46,7 +46,8 @@ class Pretraining:
     """`autoencoder` and `denoiser` say how one stretch trains; their learning rates fall from stretch to stretch.
 
     `num_scenes` scenes are among the pictures, beside every seen name in every seen style, `copies` times with other
-    words. `ema` is the decay of the average of weights that is the model in the end, at each CHUNK of steps.
+    words; the common things that scenes are made of come `common_copies` times more. `ema` is the decay of the average
+    of weights that is the model in the end, at each CHUNK of steps.
     """
 
     size: str
@@ -56,6 +57,7 @@ class Pretraining:
     denoiser_stretches: int
     num_scenes: int = 10_000
     copies: int = 4
+    common_copies: int = 20
     ema: float = 0.98
     max_tokens: int = 4000
     guidance: float = 3.0
@@ -65,6 +67,8 @@ class Pretraining:
             raise ConfigError(f"size is {self.size!r}, expected one of {', '.join(SIZES)}")
         if min(self.autoencoder_stretches, self.denoiser_stretches, self.num_scenes, self.copies) < 1:
             raise ConfigError("stretches, num_scenes and copies are to be at least 1")
+        if self.common_copies < 0:
+            raise ConfigError(f"common_copies is {self.common_copies}, expected 0 or more")
         if any(how.warmup_steps or how.decay != "constant" for how in (self.autoencoder, self.denoiser)):
             raise ConfigError("warmup_steps and decay are left out here: the rates fall from stretch to stretch")
         if not 0 <= self.ema < 1:
@@ -156,7 +160,7 @@ class Pretraining:
 
     def pictures(self, seed: int) -> Images:
         """Everything that is learned from, with captions; nothing that is held out."""
-        return _pictures(self.num_scenes, self.copies, seed)
+        return _pictures(self.num_scenes, self.copies, self.common_copies, seed)
 
     def _fresh(self, seed: int, folder: Path) -> TextToImage:
         where_, length = folder / "parts" / "tokenizer", SIZES[self.size]["text"]["max_position_embeddings"]
@@ -199,9 +203,10 @@ class Pretraining:
 
 
 @lru_cache(maxsize=1)
-def _pictures(num_scenes: int, copies: int, seed: int) -> Images:
-    things = [emoji(seed=seed + number).images for number in range(copies)]
-    return joined([*things, scenes(num_scenes, seed).images])
+def _pictures(num_scenes: int, copies: int, common_copies: int, seed: int) -> Images:
+    things = [emoji(seed=seed + number).images for number in range(copies + common_copies)]
+    common = [at for at, name in enumerate(named("seen") * len(SEEN_STYLES)) if name in scene_names()]
+    return joined([*things[:copies], *(one[common] for one in things[copies:]), scenes(num_scenes, seed).images])
 
 
 def _told(seed: int) -> list[str]:

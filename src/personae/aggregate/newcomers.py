@@ -1,0 +1,110 @@
+"""Somebody comes when groups are there: to which it belongs, whether to none, and what the groups already know of it.
+
+Our own answers to a question that Li et al. 2025, arXiv:2508.04745, leave open. Descriptors are taken to lie around
+their group's centre as von Mises-Fisher distributions of one concentration do, and what is unlike all groups to come
+from a group that nobody has seen.
+
+Letters in shapes: `K` clients, `C` clusters, `E` one more than clusters, `D` numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from personae.aggregate.low_rank import Adapter, gram
+from personae.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Familiar:
+    """What descriptors of known groups look like: their centres of length 1, how many clients each has, how closely
+    these lie around it, and the cosine below which hardly any of them does."""
+
+    centres: Float[Tensor, "C D"]
+    sizes: tuple[int, ...]
+    concentration: float
+    threshold: float
+
+    def likeness(self, descriptor: Float[Tensor, " D"]) -> Float[Tensor, " C"]:
+        """Cosines with the centres."""
+        return self.centres @ normalize(descriptor.double(), dim=0)
+
+    def chances(self, descriptor: Float[Tensor, " D"], new: float = 1.0) -> Float[Tensor, " E"]:
+        """How likely each group is, and last, that it is none of them: N_c exp(kappa s_c) against
+        `new` exp(kappa threshold), made to sum to 1."""
+        counts = torch.tensor([*map(float, self.sizes), new], dtype=torch.float64)
+        alike = torch.cat([self.likeness(descriptor), torch.tensor([self.threshold], dtype=torch.float64)])
+        return torch.softmax(counts.log() + self.concentration * alike, dim=0)
+
+    def group(self, descriptor: Float[Tensor, " D"]) -> int | None:
+        """The likeliest group's number, or None for somebody of a kind that is not there yet."""
+        best = int(self.chances(descriptor).argmax())
+        return best if best < len(self.sizes) else None
+
+
+def familiar(
+    descriptors: Float[Tensor, "K D"], groups: Sequence[int], quantile: float = 0.05, alone: float = 0.5
+) -> Familiar:
+    """What members tell of their groups, which are numbered from 0.
+
+    The threshold is this quantile of all members' cosines with the centre of their group without them, or `alone`
+    where no group has two members. The concentration is the likeliest one for the members'
+    distances from their centres, kappa = r (D - r^2) / (1 - r^2), of the mean r of their cosines.
+
+    Source of kappa: Banerjee et al. 2005, JMLR 6, equation 4.4. The rest is our choice.
+    Raises: ConfigError, without members, or when a group has none.
+    """
+    count = max(groups, default=-1) + 1
+    if not count or len(groups) != len(descriptors) or set(groups) != set(range(count)):
+        raise ConfigError(
+            f"{len(descriptors)} descriptors are of groups {sorted(set(groups))}, expected a number from 0 for each, "
+            "and somebody in every group"
+        )
+    units = normalize(descriptors.double(), dim=1)
+    members = [torch.tensor([k for k, group in enumerate(groups) if group == number]) for number in range(count)]
+    sums = [units[own].sum(0) for own in members]
+    centres = torch.stack([normalize(whole, dim=0) for whole in sums])
+    without = [
+        float(units[k] @ normalize(whole - units[k], dim=0))
+        for own, whole in zip(members, sums, strict=True)
+        if len(own) > 1
+        for k in own.tolist()
+    ]
+    along = float(torch.cat([units[own] @ centre for own, centre in zip(members, centres, strict=True)]).mean())
+    r = min(max(along, 0.0), 1 - 1e-6)
+    seen = float(torch.tensor(without, dtype=torch.float64).quantile(quantile)) if without else alone
+    concentration = r * (units.shape[1] - r**2) / (1 - r**2)
+    return Familiar(centres, tuple(len(own) for own in members), concentration, seen)
+
+
+def redundancy(adapters: Sequence[Adapter], change: Adapter, ridge: float = 1e-6) -> tuple[list[float], float]:
+    """The mixture sum_c a_c D_c of adapters that comes nearest to a change U, and how much of it they have no part in.
+
+    With G_cd = <D_c, D_d> and g_c = <D_c, U>: a = (G + lambda I)^-1 g, lambda being `ridge` times the mean of G's
+    diagonal, and the second is rho^2 = 1 - g a / |U|^2, as its root, 0 (nothing new) to 1 (nothing in common). From
+    inner products alone, layers counting alike as in `gram`; the same for any factors of the same changes.
+
+    Raises: MismatchedNames, when adapters are of different layers.
+    """
+    products = gram([*adapters, change])
+    known, towards, own = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
+    if own <= 0:
+        return [0.0] * len(adapters), 0.0
+    weight = ridge * float(known.diagonal().mean()) or 1.0
+    mixture = torch.linalg.solve(known + weight * torch.eye(len(known), dtype=known.dtype), towards)
+    left = min(1.0, max(0.0, 1 - float(towards @ mixture) / own))
+    return [float(value) for value in mixture], left**0.5
+
+
+def trust(arrived: int | None, now: int, probation: int) -> float:
+    """How much somebody counts who came in round `arrived`: nothing in that round, more in each, and wholly after
+    `probation` rounds. Of None, who was there from the beginning, wholly."""
+    if arrived is None or not probation:
+        return 1.0
+    return min(1.0, max(0.0, (now - arrived) / probation))

@@ -1,0 +1,241 @@
+"""What the comparison of adapters by style with others found: findings, tables, the map of groups, grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from personae.evaluate.charts import COLOURS, chart
+from personae.study.stats import Interval, interval, paired
+from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, where
+
+PAPERS = (
+    "The paper's own figures, of other data and other distances: a distance 0.6 times the rivals', alignment +40 %."
+)
+
+
+def answer(
+    found: Sequence[Row], names: Sequence[str], rivals: Sequence[str], best: Mapping[str, float | None]
+) -> Answer:
+    """`names` begins with ours; `best` has the learning rate of each, as far as it is known."""
+    rows = {name: where(found, stage="run", variant=name, rate=best[name]) for name in names}
+    drawn = {name: where(found, stage="drawn", variant=name) for name in names}
+    findings: list[str] = []
+    tables, charts, pictures = [], [], []
+    numbers: dict[str, Any] = {}
+    if rows[names[0]]:
+        grouped = [row for row in rows[names[0]] if "agreement" in row]
+        if grouped:
+            numbers["agreement"] = [row["agreement"] for row in grouped]
+            findings.append(
+                f"Groups agree with styles by an adjusted Rand index of {min(numbers['agreement']):.2f} or more, over "
+                f"{len(grouped)} seeds."
+            )
+            charts.append(_map(grouped[0]))
+        tables.append(_costs(rows))
+    if drawn[names[0]]:
+        styles = list(drawn[names[0]][0]["by_style"])
+        numbers["figures"] = {name: _means(drawn[name], styles) for name in names if drawn[name]}
+        tables.append(_figures(numbers["figures"], styles))
+        charts.append(_distances(numbers["figures"], styles))
+        if all(len(drawn[name]) == len(drawn[names[0]]) for name in rivals):
+            told, numbers["ratios"] = _against(names[0], rivals, drawn, rows, styles)
+            findings += told
+        for name in names:
+            pictures += [
+                Picture(
+                    row["picture"],
+                    f"{name}: of each style real pictures, a client's own model, its group's adapter where there are "
+                    "groups, and the adapter for all, with the client's words.",
+                )
+                for row in drawn[name][:1]
+            ]
+    if weighed := [row for row in found if row["stage"] == "weights"]:
+        tables.append(_weights(weighed))
+        numbers["weights"] = {row["weights"]: {"losses": row["losses"], "shares": row["shares"]} for row in weighed}
+    return Answer(findings, numbers, tables, charts, pictures)
+
+
+FIGURES = {
+    "distance": "distance above the floor",
+    "style": "style recognised",
+    "style_real": "real: style",
+    "named": "named",
+    "alignment": "alignment",
+    "alignment_real": "real: alignment",
+}
+
+
+def _means(rows: Sequence[Row], styles: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Style by style, over seeds."""
+    return {s: {key: fmean(row["by_style"][s][key] for row in rows) for key in FIGURES} for s in styles}
+
+
+def _against(
+    ours: str,
+    rivals: Sequence[str],
+    drawn: Mapping[str, Sequence[Row]],
+    rows: Mapping[str, Sequence[Row]],
+    styles: Sequence[str],
+) -> tuple[list[str], dict[str, Any]]:
+    """Against the rival with the smallest mean distance: ratios by style, paired differences over styles and seeds."""
+    mean = {name: fmean(row["by_style"][s]["distance"] for row in drawn[name] for s in styles) for name in rivals}
+    rival = min(mean, key=lambda name: mean[name])
+    ratios = {s: _ratio(drawn[ours], drawn[rival], s) for s in styles}
+    whole = fmean(row["by_style"][s]["distance"] for row in drawn[ours] for s in styles) / mean[rival]
+    pairs = [
+        (ours_row["by_style"][s]["distance"], theirs["by_style"][s]["distance"])
+        for ours_row, theirs in zip(drawn[ours], drawn[rival], strict=True)
+        for s in styles
+    ]
+    distance = paired([a for a, _ in pairs], [b for _, b in pairs])
+    both = zip(rows[ours], rows[rival], strict=True)
+    losses = [(a["losses"][name], b["losses"][name]) for a, b in both for name in a["losses"]]
+    loss = paired([a for a, _ in losses], [b for _, b in losses])
+    alignment = interval(
+        [
+            a["by_style"][s]["alignment"] / b["by_style"][s]["alignment"] - 1
+            for a, b in zip(drawn[ours], drawn[rival], strict=True)
+            for s in styles
+        ]
+    )
+    smallest = min(ratios, key=lambda s: ratios[s])
+    told = [
+        f"The best rival is {rival}. Personal models of {ours} are {whole:.2f} times as far above the floor on "
+        f"average, {ratios[smallest]:.2f} times in {smallest}; the mean difference is {_said(distance, 4)}.",
+        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Alignment: {_said(alignment, 3)} "
+        f"of the rival's. {PAPERS}",
+    ]
+    return told, {
+        "rival": rival,
+        "by_style": ratios,
+        "mean": whole,
+        "distance": vars(distance),
+        "loss": vars(loss),
+        "alignment": vars(alignment),
+    }
+
+
+def _ratio(ours: Sequence[Row], theirs: Sequence[Row], style: str) -> float:
+    mine, other = (fmean(row["by_style"][style]["distance"] for row in rows) for rows in (ours, theirs))
+    return mine / other
+
+
+def _said(found: Interval, digits: int) -> str:
+    if found.num < 2:
+        return f"{found.mean:+.{digits}f}"
+    return f"{found.mean:+.{digits}f} (95 % interval {found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def _costs(rows: Mapping[str, Sequence[Row]]) -> Table:
+    entries: list[list[Entry]] = [
+        [
+            name,
+            own[0]["rate"],
+            len(own),
+            fmean(fmean(row["losses"].values()) for row in own),
+            fmean(row["agreement"] for row in own) if "agreement" in own[0] else None,
+            fmean(row["bytes_up"] for row in own),
+            fmean(row["bytes_down"] for row in own),
+            fmean(row["seconds"] for row in own),
+        ]
+        for name, own in rows.items()
+        if own
+    ]
+    columns = (
+        "variant",
+        "learning rate",
+        "seeds",
+        "held-out loss",
+        "adjusted Rand index",
+        "bytes up",
+        "bytes down",
+        "seconds",
+    )
+    note = "Each at the rate with the lowest held-out loss of personal models. Bytes of all clients together."
+    return Table("Runs", columns, entries, note)
+
+
+def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: Sequence[str]) -> Table:
+    entries: list[list[Entry]] = [
+        [name, style, *(of[style][key] for key in FIGURES)] for style in styles for name, of in figures.items()
+    ]
+    note = (
+        "Of what personal models draw: the kernel distance to real renderings of that style, less the distance between "
+        "two halves of these; the share that a probe of five styles takes for it; the share whose nearest rendering is "
+        "the thing that was asked for; the mean cosine with the centre of the style's renderings (LSA-1)."
+    )
+    return Table("What personal models draw", ("variant", "style", *FIGURES.values()), entries, note)
+
+
+def _weights(rows: Sequence[Row]) -> Table:
+    styles = list(rows[0]["losses"])
+    entries: list[list[Entry]] = [
+        [
+            row["weights"],
+            fmean(row["losses"].values()),
+            *(row["losses"][style] for style in styles),
+            ", ".join(f"{group} {share:.2f}" for group, share in row["shares"].items()),
+        ]
+        for row in rows
+    ]
+    note = (
+        "Held-out loss of the adapter for all, with each client's own words, by how the groups are weighed. DED and "
+        "SNT are our reconstruction of ingredients of which only the names are published."
+    )
+    return Table("What all share, by weights", ("weights", "mean loss", *styles, "shares"), entries, note)
+
+
+def _map(row: Row) -> Chart:
+    """Cosines of descriptors, clients ordered by style; a frame around each group."""
+    order = sorted(row["styles"], key=lambda name: (row["styles"][name], row["groups"][name], name))
+    place = {name: at for at, name in enumerate(row["styles"])}
+    cosines = [[row["cosines"][place[a]][place[b]] for b in order] for a in order]
+
+    def draw(axes: Axes) -> None:
+        low = min(min(line) for line in cosines)
+        axes.pcolormesh(cosines, cmap="Greys", vmin=low, vmax=1.0)
+        groups = [row["groups"][name] for name in order]
+        for at, (a, b) in enumerate(pairwise(groups), start=1):
+            if a != b:
+                axes.axhline(at, color=COLOURS["before"], linewidth=1.6)
+                axes.axvline(at, color=COLOURS["before"], linewidth=1.6)
+        labels = [f"{name}, {row['styles'][name]}" for name in order]
+        axes.set_yticks([at + 0.5 for at in range(len(order))], labels)
+        axes.set_xticks([at + 0.5 for at in range(len(order))], [str(group) for group in groups])
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.set(
+            xlabel="group", title=f"Likeness of descriptors: white {low:.2f}, black 1; lines where groups end", aspect=1
+        )
+
+    height = 1.2 + 0.24 * len(order)
+    label = "cosines of clients' descriptors, and their groups"
+    return Chart("groups", chart("groups", height + 2.2, height, draw, label), "The map of groups, of the first seed.")
+
+
+def _distances(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: Sequence[str]) -> Chart:
+    tones = ("after", "before", "up", "down", "real", "muted", "ink")
+
+    def draw(axes: Axes) -> None:
+        for number, (name, of) in enumerate(figures.items()):
+            axes.plot(
+                [of[style]["distance"] for style in styles],
+                [at + 0.12 * (number - len(figures) / 2) for at in range(len(styles))],
+                "o" if number == 0 else "s",
+                color=COLOURS[tones[number % len(tones)]],
+                markersize=7 if number == 0 else 5,
+                label=name,
+            )
+        axes.axvline(0, color=COLOURS["real"], linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(styles)), styles)
+        axes.invert_yaxis()
+        axes.set(title="Distance to real pictures above the floor (0: as far as real ones)")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    drawing = chart("distances", 7.4, 0.9 + 0.5 * len(styles), draw, "distances by style and variant")
+    return Chart("distances", drawing, "Of personal models' pictures, means over seeds. Left is better.")
