@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from personae.backbone.autoencoder import autoencoding, fit_autoencoder, set_scale
+from personae.backbone.autoencoder import autoencoding, fit_autoencoder, fit_decoder, floats, set_scale
 from personae.core import Training, stream
 from personae.errors import ConfigError, Diverged
 
@@ -42,6 +42,20 @@ def test_two_stretches_are_one_that_was_stopped(vae):
     two = fit_autoencoder(other, PIXELS, half, again, fit_autoencoder(other, PIXELS, half, again).moments)
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(value, two.moments[name]) for name, value in one.moments.items())
+
+
+def test_a_decoder_is_trained_alone_and_learns_the_latents_that_it_is_given(vae):
+    fit_autoencoder(vae, PIXELS, HOW, stream(1))
+    set_scale(vae, PIXELS)
+    with torch.no_grad():
+        latents = vae.encode(floats(PIXELS)).latent_dist.mean * vae.config.scaling_factor
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    first = fit_decoder(vae, latents, PIXELS, HOW, stream(2))
+    last = fit_decoder(vae, latents, PIXELS, HOW, stream(3), first.moments)
+    assert last.loss < first.loss and last.error < first.error
+    changed = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
 def test_the_loss_sees_pixels_edges_and_means():

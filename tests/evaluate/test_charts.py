@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from personae.evaluate.charts import DOTS, class_bars, dot_chart, loss_chart, traffic_chart, window
+from personae.evaluate.charts import DOTS, class_bars, dot_chart, group_map, loss_chart, traffic_chart, window
 
 CLIENT = {"labels": [3, 1, 0], "sampled_labels": [2, 2, 1], "histogram_distance": 0.35, "heldout_loss": 0.12}
 NEW = CLIENT | {"role": "new", "sampled_labels_before": [1, 1, 1], "histogram_distance_before": 0.5}
@@ -79,6 +79,20 @@ def test_many_classes_leave_out_names_and_no_bar():
     chart = class_bars("c1", {"labels": [1] * 62, "sampled_labels": [1] * 62}, [f"a long name {i}" for i in range(62)])
     assert chart.count("fill: var(--real)") == chart.count("fill: var(--after)") == 62
     assert len(set(re.findall('id="[^"]*-(xtick_[0-9]+)"', chart))) == 11
+
+
+def test_of_more_classes_than_anybody_can_see_there_are_no_bars():
+    assert class_bars("c1", {"labels": [1] * 101, "sampled_labels": [1] * 101}, []) is None
+
+
+def test_the_map_of_groups_has_a_line_wherever_another_group_begins():
+    cosines = [[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]]
+    one, two, three = (
+        group_map(["anna", "ben", "cleo"], groups, cosines) for groups in ([0] * 3, [0, 0, 1], [0, 1, 2])
+    )
+    lines = [chart.count("stroke: var(--before)") for chart in (one, two, three)]
+    assert lines == [0, 2, 4]
+    assert parsed(two).get("aria-label") == "cosines of clients' descriptors, and their groups"
 
 
 def test_a_chart_of_nothing_is_none():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from personae.artefact.save import save_state
+from personae.core import State
 from personae.errors import ArtefactError
 from personae.evaluate.charts import COLOURS
 from personae.evaluate.grids import save_grid
@@ -276,6 +278,19 @@ def test_a_name_is_never_opened_as_a_path(hostile_page):
 
 def test_letters_that_no_font_has_are_no_reason_to_fail(hostile_page):
     assert "<h3>客户</h3>" in hostile_page
+
+
+def test_groups_and_newcomers_are_shown_where_a_method_has_them(folder):
+    facts = {"cluster of anna": 0, "cluster of ben": 0, "cluster of cleo": 1, "clusters": 2, "share 0": 1.0}
+    facts |= {"newcomer: round of cleo": 6, "newcomer: likeness of cleo": 0.25, "newcomer: redundancy of cleo": 0.98}
+    seen = {f"seen.{name}": torch.eye(3)[at] for at, name in enumerate(("anna", "ben", "cleo"))}
+    (folder / "checkpoint").mkdir()
+    save_state(folder / "checkpoint" / "server.safetensors", State({}, seen, {**facts, "withheld 1": True}))
+    write_json(folder / "checkpoint" / "checkpoint.json", {"server": "server.safetensors", "clients": {}})
+    write_report(folder)
+    text = words((folder / "report.html").read_text("utf-8"))
+    assert "group 0 (anna, ben) by 100 %; group 1 (cleo), not yet." in text
+    assert "cleo 1 6 0.250 98 %" in text
 
 
 @pytest.mark.parametrize("missing", ["null", "absent", "nan"])

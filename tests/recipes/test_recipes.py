@@ -76,10 +76,12 @@ LITTLE_RUN = (
 LITTLE = {
     "pretraining": {
         "autoencoder_stretches": 1,
+        "decoder_stretches": 1,
         "denoiser_stretches": 1,
         "num_scenes": 4,
         "copies": 1,
         "autoencoder": {"steps": 2, "lr": 1e-3, "batch_size": 4, "optimizer": "adamw"},
+        "decoder": {"steps": 2, "lr": 1e-3, "batch_size": 4, "optimizer": "adamw"},
         "denoiser": {"steps": 2, "lr": 1e-3, "batch_size": 4},
     },
     "adaptation": {"tuned_on": [0], "seeds": [1], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},

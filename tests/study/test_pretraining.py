@@ -20,6 +20,8 @@ STUDY = Pretraining(
     "tiny",
     Training(2, 1e-3, 4, optimizer="adamw"),
     2,
+    Training(2, 1e-3, 4, optimizer="adamw"),
+    2,
     Training(2, 1e-3, 4, optimizer="adamw", condition_dropout=0.1),
     2,
     num_scenes=4,
@@ -52,7 +54,9 @@ def test_nothing_that_is_held_out_is_learned_from():
 
 def test_from_nothing_to_a_pipeline(few, tmp_path):
     rows = measured(tmp_path)
-    assert [row["stage"] for row in rows] == [*["autoencoder"] * 2, "latents", *["denoiser"] * 2, "model"]
+    assert [row["stage"] for row in rows] == [
+        *("autoencoder", "autoencoder", "latents", "decoder", "decoder", "denoiser", "denoiser", "model")
+    ]
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a noto drawing of a dog", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
@@ -64,11 +68,20 @@ def test_from_nothing_to_a_pipeline(few, tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in average.items() if name.startswith("text_encoder."))
     assert all(torch.equal(saved[name], value.half().float()) for name, value in average.items() if name[:5] == "unet.")
     latents = load_state(tmp_path / "parts" / "latents-000.safetensors").extras["latents"]
-    assert latents.shape == (12, 4, 8, 8) and latents.std() == pytest.approx(1, rel=0.05)
+    assert latents.shape == (12, 8, 8, 8) and latents.std() == pytest.approx(1, rel=0.05)
+
+    trained = load_state(tmp_path / "parts" / "decoder-001.safetensors").params
+    vae = open_pipeline(tmp_path / "model").vae.state_dict()
+    assert all(torch.equal(vae[name], value.half().float()) for name, value in trained.items())
+    before = load_state(tmp_path / "parts" / "latents-000.safetensors").params
+    moved = {name for name, value in trained.items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
 
     answer = STUDY.answer(rows)
-    assert {chart.name for chart in answer.charts} == {"autoencoder", "denoiser"} and len(answer.pictures) == 2
-    assert answer.numbers["denoiser_loss"] == rows[4]["loss"]
+    assert {chart.name for chart in answer.charts} == {"autoencoder", "decoder", "denoiser"} and len(
+        answer.pictures
+    ) == 2
+    assert answer.numbers["denoiser_loss"] == rows[6]["loss"]
     assert STUDY.answer(rows[:1]).numbers == {
         "autoencoder_loss": rows[0]["loss"],
         "autoencoder_error": rows[0]["error"],
@@ -80,7 +93,7 @@ def test_a_stretch_measured_again_gives_the_same(few, tmp_path):
     last = tmp_path / "parts" / "denoiser-001.safetensors"
     before = load_state(last)
     last.unlink()
-    assert STUDY.measure({"stage": "denoiser", "stretch": 1}, 0, tmp_path)["loss"] == rows[4]["loss"]
+    assert STUDY.measure({"stage": "denoiser", "stretch": 1}, 0, tmp_path)["loss"] == rows[6]["loss"]
     after = load_state(last)
     assert all(torch.equal(value, after.params[name]) for name, value in before.params.items())
     assert all(torch.equal(value, after.extras[name]) for name, value in before.extras.items())

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -75,13 +76,19 @@ DOTS = {
 """What has a dot chart, and its title."""
 
 
+MOST_CLASSES = 100
+"""More have no bars: nobody could see one."""
+
+
 def class_bars(name: str, client: Numbers, names: Sequence[str]) -> Markup | None:
-    """Shares of classes among real images, and among samples."""
+    """Shares of classes among real images, and among samples. None for more than MOST_CLASSES."""
     keys = {"real": "labels", "before": "sampled_labels_before", "after": "sampled_labels"}
     series = {kind: client[key] for kind, key in keys.items() if client.get(key) and sum(client[key]) > 0}
     if not series:
         return None
     classes = max(len(counts) for counts in series.values())
+    if classes > MOST_CLASSES:
+        return None
     labels = [_short(names[i] if i < len(names) else i, 12) for i in range(classes)]
     longest = max(map(len, labels))
     step = -(-classes // (20 if longest <= 2 else 12))
@@ -186,6 +193,29 @@ def dot_chart(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[s
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
     return chart(f"dots{key}", 5.0, 0.8 + 0.27 * max(len(rows), 3), draw, f"{title}, client by client")
+
+
+def group_map(labels: Sequence[str], groups: Sequence[int], cosines: Sequence[Sequence[float]]) -> Markup:
+    """How like each other clients' descriptors are, darker for more, with lines wherever another group begins.
+
+    All are in one order, in which clients of one group stand together.
+    """
+    low = min(min(row) for row in cosines)
+
+    def draw(axes: Axes) -> None:
+        axes.pcolormesh(cosines, cmap="Greys", vmin=low, vmax=1.0)
+        for at, (a, b) in enumerate(pairwise(groups), start=1):
+            if a != b:
+                axes.axhline(at, color=COLOURS["before"], linewidth=1.6)
+                axes.axvline(at, color=COLOURS["before"], linewidth=1.6)
+        axes.set_yticks([at + 0.5 for at in range(len(labels))], [_short(label, 40) for label in labels])
+        axes.set_xticks([at + 0.5 for at in range(len(groups))], [str(group) for group in groups])
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.set(xlabel="group", title=f"Cosines of descriptors: white {low:.2f}, black 1", aspect=1)
+
+    height = 1.2 + 0.22 * max(len(labels), 4)
+    return chart("groups", height + 2.0, height, draw, "cosines of clients' descriptors, and their groups")
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The report of a run: one HTML file that needs nothing beside it.
 
-Reads summary.json, rounds.jsonl, config.toml, environment.json and samples/ of a run folder. No model is loaded and
-nothing is measured here, so that a report can be written anew at any time; the same folder gives the same bytes.
-Whatever a run does not have is left out. Wording and looks are in templates/report.html.j2, drawings in charts.py.
+Reads summary.json, rounds.jsonl, config.toml, environment.json, samples/ and the last checkpoint of a run folder. No
+model is loaded and nothing is measured here, so that a report can be written anew at any time; the same folder gives
+the same bytes. Whatever a run does not have is left out. Wording and looks are in templates/report.html.j2, drawings in
+charts.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch.nn.functional import normalize
 
+from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import FORMAT_VERSION, explained, read_json, write_bytes
 from personae.errors import ArtefactError
 from personae.evaluate.charts import (
@@ -24,12 +28,14 @@ from personae.evaluate.charts import (
     Numbers,
     class_bars,
     dot_chart,
+    group_map,
     known,
     known_values,
     loss_chart,
     traffic_chart,
     window,
 )
+from personae.methods.cluster_lora import NEWCOMER, SEEN, groups_of
 
 ALL_SHOWN = 30
 """Up to this many clients, everyone is shown; beyond, the first `SHOWN` by name of each role."""
@@ -120,6 +126,7 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "traffic_chart": traffic_chart(rounds),
         "left_out": _left_out(rounds),
+        "groups": _groups(folder),
         "rounds_bytes": {"up": sum(up for up, _ in up_down), "down": sum(down for _, down in up_down)},
         "table": _table(shown_train, shown_new, train, new),
         "stages": [(key.removesuffix("_seconds"), seconds) for key, seconds in (summary.get("stages") or {}).items()],
@@ -129,6 +136,29 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "environment": _flat(read_json(environment)) if environment.is_file() else [],
         "config": _text(folder / "config.toml"),
     }
+
+
+def _groups(folder: Path) -> dict[str, Any] | None:
+    """The map of groups and what the server found of newcomers, where a method groups its clients."""
+    server = RunFolder(folder).server()
+    groups = {} if server is None else groups_of(server)
+    if server is None or not groups:
+        return None
+    order = sorted(groups, key=lambda name: (groups[name], name))
+    seen = normalize(torch.stack([server.extras[f"{SEEN}.{name}"] for name in order]), dim=1)
+    late = [name for name in order if f"{NEWCOMER}likeness of {name}" in server.facts]
+    return {
+        "chart": group_map(order, [groups[name] for name in order], (seen @ seen.T).tolist()),
+        "shares": [(number, server.facts.get(f"share {number}")) for number in sorted(set(groups.values()))],
+        "members": {number: [n for n in order if groups[n] == number] for number in sorted(set(groups.values()))},
+        "newcomers": [
+            (name, groups[name], *(server.facts[f"{NEWCOMER}{what} of {name}"] for what in FOUND)) for name in late
+        ],
+    }
+
+
+FOUND = ("round", "likeness", "redundancy")
+"""What the server found of a newcomer: when it came, its cosine with the likest group, what no group had of it."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ DESCRIPTOR = "descriptor"
 CLUSTER, CENTRE, REST, SEEN = "cluster", "centre", "rest", "seen"
 """Fronts of what the server keeps: "cluster.0.<layer>.lora_A", "centre.0", "rest.0.<layer>.lora_A", "seen.<client>"."""
 
-NEWCOMER, WITHHELD = "newcomer: ", "withheld"
-"""Fronts of facts: what is known of those who came late, and which groups' adapters are not given to all yet."""
+OF, NEWCOMER, WITHHELD = "cluster of ", "newcomer: ", "withheld"
+"""Fronts of facts: each client's group, what is known of newcomers, groups whose adapter is not given to all yet."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,12 @@ def _is_B(name: str) -> bool:
 
 
 def _of(client: str) -> str:
-    return f"cluster of {client}"
+    return f"{OF}{client}"
+
+
+def groups_of(server: State) -> dict[str, int]:
+    """The number of each client's group; nobody's, when another method made this state."""
+    return {n.removeprefix(OF): int(number) for n, number in server.facts.items() if n.startswith(OF)}
 
 
 def _came(client: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from personae.evaluate.charts import COLOURS, chart
+from personae.evaluate.charts import COLOURS, chart, group_map
 from personae.study.stats import Interval, interval, paired
 from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, where
 
@@ -191,31 +190,12 @@ def _weights(rows: Sequence[Row]) -> Table:
 
 
 def _map(row: Row) -> Chart:
-    """Cosines of descriptors, clients ordered by style; a frame around each group."""
     order = sorted(row["styles"], key=lambda name: (row["styles"][name], row["groups"][name], name))
     place = {name: at for at, name in enumerate(row["styles"])}
     cosines = [[row["cosines"][place[a]][place[b]] for b in order] for a in order]
-
-    def draw(axes: Axes) -> None:
-        low = min(min(line) for line in cosines)
-        axes.pcolormesh(cosines, cmap="Greys", vmin=low, vmax=1.0)
-        groups = [row["groups"][name] for name in order]
-        for at, (a, b) in enumerate(pairwise(groups), start=1):
-            if a != b:
-                axes.axhline(at, color=COLOURS["before"], linewidth=1.6)
-                axes.axvline(at, color=COLOURS["before"], linewidth=1.6)
-        labels = [f"{name}, {row['styles'][name]}" for name in order]
-        axes.set_yticks([at + 0.5 for at in range(len(order))], labels)
-        axes.set_xticks([at + 0.5 for at in range(len(order))], [str(group) for group in groups])
-        axes.grid(visible=False)
-        axes.invert_yaxis()
-        axes.set(
-            xlabel="group", title=f"Likeness of descriptors: white {low:.2f}, black 1; lines where groups end", aspect=1
-        )
-
-    height = 1.2 + 0.24 * len(order)
-    label = "cosines of clients' descriptors, and their groups"
-    return Chart("groups", chart("groups", height + 2.2, height, draw, label), "The map of groups, of the first seed.")
+    labels = [f"{name}, {row['styles'][name]}" for name in order]
+    drawing = group_map(labels, [row["groups"][name] for name in order], cosines)
+    return Chart("groups", drawing, "Clients of the first seed, by style: a line wherever another group begins.")
 
 
 def _distances(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: Sequence[str]) -> Chart:

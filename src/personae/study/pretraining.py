@@ -1,7 +1,8 @@
 """The library's own text-to-image model: its autoencoder, then its text encoder and U-Net, from nothing.
 
-"autoencoder": so many stretches of training on pictures. "latents": all pictures through it, once. "denoiser": so many
-stretches on latents and captions. "model": the pipeline's folder. Each stretch begins with what the one before it left,
+"autoencoder": so many stretches of training on pictures. "latents": all pictures through it, once. "decoder": so many
+more of its second half alone, which leaves latents as they are. "denoiser": so many stretches on latents and captions.
+"model": the pipeline's folder. Each stretch begins with what the one before it left,
 and a stopped study goes on at its next stretch.
 """
 
@@ -20,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from personae.artefact.save import load_state, save_state, write_json
-from personae.backbone.autoencoder import fit_autoencoder, set_scale
+from personae.backbone.autoencoder import fit_autoencoder, fit_decoder, set_scale
 from personae.backbone.pipeline import SIZES, fresh, save_pipeline
 from personae.backbone.schedule import schedule
 from personae.backbone.text2image import TextToImage
@@ -43,7 +44,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Pretraining:
-    """`autoencoder` and `denoiser` say how one stretch trains; their learning rates fall from stretch to stretch.
+    """`autoencoder`, `decoder` and `denoiser` say how a stretch trains; learning rates fall from stretch to stretch.
 
     `num_scenes` scenes are among the pictures, beside every seen name in every seen style, `copies` times with other
     words; the common things that scenes are made of come `common_copies` times more. `ema` is the decay of the average
@@ -53,6 +54,8 @@ class Pretraining:
     size: str
     autoencoder: Training
     autoencoder_stretches: int
+    decoder: Training
+    decoder_stretches: int
     denoiser: Training
     denoiser_stretches: int
     num_scenes: int = 10_000
@@ -65,11 +68,12 @@ class Pretraining:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ConfigError(f"size is {self.size!r}, expected one of {', '.join(SIZES)}")
-        if min(self.autoencoder_stretches, self.denoiser_stretches, self.num_scenes, self.copies) < 1:
+        stretches = (self.autoencoder_stretches, self.decoder_stretches, self.denoiser_stretches)
+        if min(*stretches, self.num_scenes, self.copies) < 1:
             raise ConfigError("stretches, num_scenes and copies are to be at least 1")
         if self.common_copies < 0:
             raise ConfigError(f"common_copies is {self.common_copies}, expected 0 or more")
-        if any(how.warmup_steps or how.decay != "constant" for how in (self.autoencoder, self.denoiser)):
+        if any(how.warmup_steps or how.decay != "constant" for how in (self.autoencoder, self.decoder, self.denoiser)):
             raise ConfigError("warmup_steps and decay are left out here: the rates fall from stretch to stretch")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, expected 0 to below 1")
@@ -78,6 +82,7 @@ class Pretraining:
         whole: list[dict[str, Any]] = [
             *({"stage": "autoencoder", "stretch": number} for number in range(self.autoencoder_stretches)),
             {"stage": "latents"},
+            *({"stage": "decoder", "stretch": number} for number in range(self.decoder_stretches)),
             *({"stage": "denoiser", "stretch": number} for number in range(self.denoiser_stretches)),
             {"stage": "model"},
         ]
@@ -89,6 +94,8 @@ class Pretraining:
             return self._autoencoder(int(cell["stretch"]), seed, folder)
         if cell["stage"] == "latents":
             return self._latents(seed, folder)
+        if cell["stage"] == "decoder":
+            return self._decoder(int(cell["stretch"]), seed, folder)
         if cell["stage"] == "denoiser":
             return self._denoiser(int(cell["stretch"]), seed, folder)
         return self._model(seed, folder)
@@ -115,10 +122,19 @@ class Pretraining:
         latents = torch.cat([model.encode(Images(part).floats()) for part in images.pixels.split(256)])
         facts = {"scaling_factor": float(model.vae.config.scaling_factor)}
         save_state(_part(folder, "latents", 0), State({**model.vae.state_dict()}, {"latents": latents}, facts))
-        shown = images.pixels[torch.linspace(0, len(images) - 1, 16).long()]
-        made = to_bytes(model.decode(model.encode(Images(shown).floats())))
-        _picture(folder, "autoencoder", torch.stack([shown, made], 1).flatten(0, 1), columns=8)
-        return {"pictures": len(images), **facts, "picture": "pictures/autoencoder.png"}
+        return {"pictures": len(images), **facts}
+
+    def _decoder(self, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
+        model, latents = self._encoded(seed, folder)
+        began = _before(folder, "decoder", number)
+        if began is not None:
+            model.vae.load_state_dict(dict(began.params))
+        how = _slower(self.decoder, number, self.decoder_stretches)
+        moments = {} if began is None else began.extras
+        pixels = self.pictures(seed).pixels
+        learned = fit_decoder(model.vae, latents, pixels, how, stream(seed, "decoder", number), moments)
+        save_state(_part(folder, "decoder", number), State(model.vae.state_dict(), learned.moments))
+        return {"loss": learned.loss, "error": learned.error}
 
     def _denoiser(self, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
         model, latents = self._encoded(seed, folder)
@@ -146,15 +162,25 @@ class Pretraining:
 
     def _model(self, seed: int, folder: Path) -> Mapping[str, Any]:
         model, _ = self._encoded(seed, folder)
+        model.vae.load_state_dict(dict(load_state(_part(folder, "decoder", self.decoder_stretches - 1)).params))
         _, average = _split(load_state(_part(folder, "denoiser", self.denoiser_stretches - 1)).extras)
         model.load(average)
         if not (folder / "model").exists():
             save_pipeline(model, folder / "model", torch.float16)
+        pixels = self.pictures(seed).pixels
+        shown = pixels[torch.linspace(0, len(pixels) - 1, 16).long()]
+        made = to_bytes(model.decode(model.encode(Images(shown).floats())))
+        _picture(folder, "autoencoder", torch.stack([shown, made], 1).flatten(0, 1), columns=8)
         said = _told(seed)
         _picture(folder, "grid", draw(model, said, stream(seed, "grid"), guidance=self.guidance), columns=SHOWN)
         write_json(folder / "pictures" / "grid.json", {"captions": said})
         size = sum(path.stat().st_size for path in (folder / "model").rglob("*") if path.is_file())
-        return {"bytes": size, "parameters": sum(p.numel() for p in model.parameters()), "picture": "pictures/grid.png"}
+        return {
+            "bytes": size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "picture": "pictures/grid.png",
+            "encoded": "pictures/autoencoder.png",
+        }
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -182,22 +208,21 @@ class Pretraining:
 
     def answer(self, found: Sequence[Row]) -> Answer:
         findings, charts, pictures, numbers = [], [], [], dict[str, Any]()
-        stages = {"autoencoder": self.autoencoder.steps, "denoiser": self.denoiser.steps}
-        for stage, steps in stages.items():
+        stages = {"autoencoder": self.autoencoder, "decoder": self.decoder, "denoiser": self.denoiser}
+        for stage, steps in ((stage, how.steps) for stage, how in stages.items()):
             if rows := where(found, stage=stage):
                 losses = [row["loss"] for row in rows]
                 numbers[f"{stage}_loss"] = losses[-1]
                 findings.append(f"The {stage}'s loss after {steps * len(rows):,} steps: {losses[-1]:.4f}.")
                 charts.append(_curve(stage, steps, losses))
-        for row in where(found, stage="autoencoder")[-1:]:
+        for row in (where(found, stage="decoder") or where(found, stage="autoencoder"))[-1:]:
             numbers["autoencoder_error"] = row["error"]
-        for row in where(found, stage="latents"):
-            pictures.append(
-                Picture(row["picture"], "Every other one: a picture, and what the autoencoder makes of it.")
-            )
         for row in where(found, stage="model"):
             numbers |= {"bytes": row["bytes"], "parameters": row["parameters"]}
             findings.append(f"The model has {row['parameters']:,} numbers and takes {row['bytes'] / 1e6:.1f} MB.")
+            pictures.append(
+                Picture(row["encoded"], "Every other one: a picture, and what the autoencoder makes of it.")
+            )
             pictures.append(Picture(row["picture"], f"Names under the styles {', '.join(SEEN_STYLES)}, then scenes."))
         return Answer(findings, numbers, (), charts, pictures)
 
