@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from personae.errors import ConfigError
-from personae.recipe.build import build_clients
+from personae.core import Images
+from personae.errors import ConfigError, DataError
+from personae.recipe.build import build_clients, said
 from personae.recipe.config import load_recipe, parse, to_table
+from personae.recipe.schema import Data
 
 
 def clients(**data):
@@ -27,6 +29,13 @@ def test_new_clients_of_fixed_new_are_the_same_whoever_trains():
     for name in few.new:
         assert torch.equal(few.data[name].train.pixels, many.data[name].train.pixels)
         assert torch.equal(few.data[name].heldout.pixels, many.data[name].heldout.pixels)
+
+
+def test_a_caption_that_leaves_the_thing_open_is_no_caption_for_images_without():
+    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r'these images have no captions.*"text": "an <own> of a cat"}'):
+        said(images, Data("folder", caption="an <own> of {thing}"))
+    assert said(images, Data("folder", caption="a dog")).captions == ("a dog", "a dog")
 
 
 def test_clients_of_one_style_each_and_captions_that_leave_it_open():

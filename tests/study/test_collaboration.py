@@ -11,11 +11,12 @@ from personae.backbone.text2image import TextToImage
 from personae.backbone.vocabulary import write_tokenizer
 from personae.core import stream
 from personae.data.emoji import vocabulary
-from personae.errors import ConfigError
+from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import adjusted_rand
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
-from personae.study.collaboration import Collaboration, best_rate, styles_of
+from personae.study.by_style import styles_of
+from personae.study.collaboration import Collaboration, best_rate
 from personae.study.study import where
 from personae.study.variants import Variant
 from personae.study.workflow import run_study
@@ -113,7 +114,7 @@ def test_styles_are_told_by_pictures():
     assert sorted(styles.values()) == sorted(
         ["noto", "fluent-emoji-flat", "emojione", "twemoji", "fluent-emoji-high-contrast"] * 3
     )
-    with pytest.raises(ConfigError, match="not of the emoji pack"):
+    with pytest.raises(DataError, match="not of one style"):
         styles_of(build_clients(load_recipe("digits/spire")))
 
 

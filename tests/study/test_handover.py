@@ -18,6 +18,7 @@ from personae.infer.split import LATENT, SplitPlan, begin
 from personae.personal.tokens import is_word
 from personae.serve.client import neutral
 from personae.serve.edge import shared_model
+from personae.study.by_style import style_of
 from personae.study.handover import (
     Handover,
     clean,
@@ -25,7 +26,6 @@ from personae.study.handover import (
     drawn_by_two,
     expected_pictures,
     opened,
-    style_of,
     told_apart,
 )
 from personae.study.handover_report import MEASURES, handover_answer, values, verdict_of

@@ -142,6 +142,7 @@ def personalize(
         _personalized(saved, saved.personalize_many(_folders(data), at_once=at_once), as_json)
         return
     figures = saved.personalize(name, data)
+    asked = '--prompt "..." ' if saved.denoiser.reads_captions else ""
     _print(
         as_json,
         {"client": name, "file": str(saved.folder / "clients" / f"{name}.safetensors"), **figures},
@@ -149,7 +150,7 @@ def personalize(
             f"{name}: {figures['trained_parameters']:,} numbers trained, {figures['num_images']} images, nothing sent",
             f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}",
             f"wrote {saved.folder / 'clients' / (name + '.safetensors')}",
-            f"next: personae sample {run} --client {name} -n 16",
+            f"next: personae sample {run} --client {name} {asked}-n 16",
         ],
     )
 

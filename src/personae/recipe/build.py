@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,9 +93,18 @@ def build_clients(recipe: Recipe) -> Clients:
 
 
 def said(images: Images, data: Data) -> Images:
-    """With the recipe's caption for images that have none."""
+    """With the recipe's caption for images that have none.
+
+    Raises: DataError, when that caption leaves open what an image shows.
+    """
     if images.captions or data.caption is None:
         return images
+    if "{thing}" in data.caption:
+        raise DataError(
+            f"these images have no captions, and the recipe's, {data.caption!r}, leaves open what they show; write one "
+            'for each into metadata.jsonl beside them: {"file_name": "1.png", "text": '
+            f"{json.dumps(data.caption.replace('{thing}', 'a cat'))}}}"
+        )
     return Images(images.pixels, images.labels, (data.caption,) * len(images))
 
 

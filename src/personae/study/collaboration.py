@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from personae.aggregate.low_rank import read, stacked, written
-from personae.artefact.run_folder import RunFolder
-from personae.core import State, pick, stream
+from personae.core import pick, stream
 from personae.data.emoji import STYLES, pack, scene_names
-from personae.errors import ArtefactError, ConfigError
+from personae.errors import ConfigError
 from personae.evaluate.distances import kid
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
@@ -35,13 +34,14 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import renderings, statistics
 from personae.infer.sample import draw
-from personae.methods.cluster_lora import CLUSTER, ClusterLora
+from personae.methods.cluster_lora import ClusterLora
 from personae.personal.tokens import is_word
-from personae.recipe.build import Clients, build_clients
+from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model
 from personae.recipe.workflow import SavedRun, open_run
 from personae.study.bench import trained
+from personae.study.by_style import of_cluster, server_of, styles_of
 from personae.study.collaboration_report import answer
 from personae.study.study import Answer, Cell, Row, where
 from personae.study.variants import Variant
@@ -233,36 +233,6 @@ def best_rate(found: Sequence[Row], variant: str) -> float | None:
     rows = where(found, stage="run", variant=variant)
     tried = [row for row in rows if row["seed"] == rows[0]["seed"]]
     return min(tried, key=lambda row: fmean(row["losses"].values()))["rate"] if tried else None
-
-
-def styles_of(clients: Clients) -> dict[str, str]:
-    """Each training client's style, by its first picture.
-
-    Raises: ConfigError, when that is none of the emoji pack's.
-    """
-    found = {}
-    for name in clients.train:
-        images = clients.data[name].train
-        label = None if images.labels is None else int(images.labels[0])
-        own = [s for s in STYLES if label is not None and torch.equal(pack().pixels[s][label], images.pixels[0])]
-        if not own:
-            raise ConfigError(f"client {name!r} has pictures that are not of the emoji pack, whose styles are compared")
-        found[name] = own[0]
-    return found
-
-
-def server_of(folder: Path) -> State:
-    """A run's server after its last round. Raises: ArtefactError, when there was none."""
-    server = RunFolder(folder).server()
-    if server is None:
-        raise ArtefactError(f"{folder} holds no round of a server")
-    return server
-
-
-def of_cluster(server: State, number: int) -> dict[str, Tensor]:
-    """A group's adapter, as it is sent to its members."""
-    front = f"{CLUSTER}.{number}."
-    return {name.removeprefix(front): value for name, value in server.extras.items() if name.startswith(front)}
 
 
 def _folder(folder: Path, cell: Cell) -> Path:

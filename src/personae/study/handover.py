@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from personae.artefact.save import load_state, read_json, save_state
-from personae.core import Batch, Images, NoiseSchedule, State, device_of, pick, stream
+from personae.artefact.save import load_state, save_state
+from personae.core import Batch, NoiseSchedule, State, device_of, pick, stream
 from personae.data.emoji import STYLES, pack
 from personae.errors import ConfigError, DataError
 from personae.evaluate.distances import frechet, kid
@@ -54,6 +54,7 @@ from personae.recipe.config import load_recipe, method_name
 from personae.recipe.models import build_denoiser
 from personae.recipe.workflow import SavedRun, open_run
 from personae.study.bench import trained
+from personae.study.by_style import server_of, styles_of
 from personae.study.handover_report import handover_answer
 from personae.study.study import Answer, Cell, Row, where
 
@@ -245,22 +246,12 @@ def opened(folder: Path) -> Federation:
     wordless = dataclasses.replace(recipe, backbone=dataclasses.replace(recipe.backbone, words=None))
     server = build_denoiser(wordless, run.sample_shape)
     server.load(run.released.params)
-    kept = folder / "checkpoint"
-    state = load_state(kept / read_json(kept / "checkpoint.json")["server"])
-    styles = {name: style_of(name, clients.data[name].train) for name in clients.train}
+    state, styles = server_of(folder), styles_of(clients)
     if len(known := [style for style in STYLES if style in styles.values()]) < 2:
         raise DataError(f"all clients in {folder} draw {', '.join(known)}; a style can be told among two or more")
     for model in (server, run.denoiser):
         base_digest(model)  # once, and before anybody's seconds are taken
     return Federation(run, server, state, styles, fit_style_probe(known))
-
-
-def style_of(client: str, images: Images) -> str:
-    """Whose renderings a client's pictures are. Raises: DataError, when they are of several styles, or of none."""
-    for style in STYLES:
-        if images.labels is not None and torch.equal(pack().pixels[style][images.labels], images.pixels):
-            return style
-    raise DataError(f"the pictures of client {client!r} are not of one style; set data.partition.kind to by_attribute")
 
 
 # --- a drawing by two -------------------------------------------------------------------------------------------------

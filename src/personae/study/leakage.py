@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from personae.artefact.save import load_state, read_json, save_state
+from personae.artefact.run_folder import RunFolder
+from personae.artefact.save import load_state, save_state
 from personae.backbone.shipped import model_folder
-from personae.core import Client, ClientData, Images, State, stream
+from personae.core import Arrays, Client, ClientData, State, stream
 from personae.data.emoji import SEEN_STYLES, emoji, named, pack
 from personae.errors import ConfigError
 from personae.evaluate.grouping import adjusted_rand
@@ -34,6 +35,7 @@ from personae.recipe.config import load_recipe
 from personae.recipe.schema import Recipe
 from personae.recipe.workflow import open_run
 from personae.study.bench import trained
+from personae.study.by_style import server_of, style_of
 from personae.study.leakage_report import ATTACKERS, answer_of
 from personae.study.study import Answer, Cell, Row, where
 
@@ -265,13 +267,13 @@ class Sides:
     descriptors: Tensor
     groups: Mapping[str, int]
     truth: tuple[int, ...]
-    kept: Mapping[str, Path]
+    kept: Mapping[str, Arrays]
     data: Mapping[str, ClientData]
 
     def vectors(self, client: str) -> Tensor:
         """Of the client's first own word, [N, D]."""
         assert self.recipe.backbone.words is not None, "the recipe was checked"
-        return load_state(self.kept[client]).params[TOKENS[0] + self.recipe.backbone.words.words[0]]
+        return self.kept[client][TOKENS[0] + self.recipe.backbone.words.words[0]]
 
     def start(self, model: TextToImage) -> Tensor:
         """Where all words began, [D], which everybody knows."""
@@ -309,9 +311,7 @@ class Sides:
 def _sides(folder: Path) -> Sides:
     run = open_run(folder)
     recipe, method = run.recipe, _check(run.recipe)
-    checkpoint = folder / "checkpoint"
-    index = read_json(checkpoint / "checkpoint.json")
-    server = load_state(checkpoint / index["server"])
+    server = server_of(folder)
     names = tuple(sorted(name.removeprefix(f"{SEEN}.") for name in server.extras if name.startswith(f"{SEEN}.")))
     styles, data = _styles_of(recipe), run.job.members.data  # type: ignore[attr-defined]  # they are all here
     return Sides(
@@ -322,8 +322,8 @@ def _sides(folder: Path) -> Sides:
         names,
         torch.stack([server.extras[f"{SEEN}.{name}"] for name in names]),
         {name: int(server.facts[f"cluster of {name}"]) for name in names},
-        tuple(styles.index(_drawn_in(data[name].train, styles, name)) for name in names),
-        {name: checkpoint / index["clients"][name] for name in names},
+        tuple(styles.index(style_of(name, data[name].train)) for name in names),
+        {name: RunFolder(folder).last_kept(name).params for name in names},
         data,
     )
 
@@ -350,14 +350,6 @@ def _check(recipe: Recipe) -> ClusterLora:
 
 def _styles_of(recipe: Recipe) -> tuple[str, ...]:
     return tuple(recipe.data.styles or SEEN_STYLES)
-
-
-def _drawn_in(images: Images, styles: Sequence[str], client: str) -> str:
-    """The style whose pictures a client has. Raises: ConfigError, when it has those of several."""
-    for style in styles:
-        if images.labels is not None and torch.equal(pack().pixels[style][images.labels], images.pixels):
-            return style
-    raise ConfigError(f"client {client!r} has pictures of several styles; set data.partition.kind to by_attribute")
 
 
 @lru_cache(maxsize=1)

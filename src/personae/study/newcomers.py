@@ -29,7 +29,7 @@ from personae.recipe.build import build_clients, build_job
 from personae.recipe.config import load_recipe
 from personae.recipe.workflow import open_run
 from personae.study.bench import adapting, trained
-from personae.study.collaboration import server_of, styles_of
+from personae.study.by_style import server_of, styles_of
 from personae.study.stats import interval
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 
