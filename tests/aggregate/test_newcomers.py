@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from personae.aggregate.low_rank import LowRank, gram, stacked
+from personae.aggregate.low_rank import LowRank, stacked
 from personae.aggregate.newcomers import familiar, redundancy, trust
 from personae.core import stream
 from personae.errors import ConfigError
@@ -51,7 +51,7 @@ def test_the_concentration_is_that_of_the_distribution():
     mean = ive(WIDTH / 2, kappa) / ive(WIDTH / 2 - 1, kappa)
     across = (1 - mean**2) ** 0.5
     rows = torch.stack([mean * AXES[0] + sign * across * AXES[k] for k in range(1, WIDTH) for sign in (1, -1)])
-    assert familiar(rows, [0] * len(rows)).concentration == pytest.approx(kappa, rel=0.02)
+    assert familiar(rows, [0] * len(rows)).concentration == pytest.approx(kappa, rel=0.05)
 
 
 def test_the_threshold_is_measured_without_the_member_itself():
@@ -85,7 +85,6 @@ def turned(adapter):
 
 def test_redundancy_is_what_least_squares_on_whole_weights_says():
     adapters, change = [drawn("a"), drawn("b")], drawn("c")
-    products = gram([*adapters, change]).diagonal()
     scale = [sorted(float((x[layer].dense() ** 2).sum()) for x in [*adapters, change])[1] for layer in ("one", "two")]
     dense = [
         torch.cat([x[layer].dense().flatten() / s**0.5 for layer, s in zip(("one", "two"), scale, strict=True)])
@@ -97,7 +96,6 @@ def test_redundancy_is_what_least_squares_on_whole_weights_says():
     mixture, left = redundancy(adapters, change)
     assert mixture == pytest.approx(best.tolist(), rel=1e-3)
     assert left == pytest.approx(float(rest), rel=1e-4)
-    assert products[-1] > 0
 
 
 def test_a_mixture_of_known_adapters_is_found_whatever_the_factors():
@@ -111,5 +109,5 @@ def test_a_mixture_of_known_adapters_is_found_whatever_the_factors():
 
 
 def test_trust_grows_over_probation():
-    assert [trust(5, now, 4) for now in (5, 6, 7, 9, 20)] == [0, 0.25, 0.5, 1, 1]
-    assert trust(None, 3, 4) == 1 and trust(5, 5, 0) == 1
+    assert [trust(rounds, 4) for rounds in (0, 1, 2, 4, 20)] == [0, 0.25, 0.5, 1, 1]
+    assert trust(None, 4) == 1 and trust(0, 0) == 1

@@ -289,7 +289,10 @@ def settled(make, method=SETTLED):
     """A server after its first round, with groups of two and three, and a start for adapters."""
     server = method.init(make().initial(stream(0)))
     start = read(server.params)
-    return method.aggregate(server, updates_of({name: drawn(k, start) for k, name in enumerate(STYLES)}, STYLES)), start
+    adapters = {name: drawn(k, start) for k, name in enumerate(STYLES)}
+    if method.inside == "common_A":
+        adapters = {name: {x: LowRank(c.B, start[x].A) for x, c in own.items()} for name, own in adapters.items()}
+    return method.aggregate(server, updates_of(adapters, STYLES)), start
 
 
 def test_a_newcomer_joins_its_group_and_counts_more_from_round_to_round(make):
@@ -300,17 +303,66 @@ def test_a_newcomer_joins_its_group_and_counts_more_from_round_to_round(make):
     assert second.facts["cluster of late"] == first.facts["cluster of b0"] and second.facts["clusters"] == 2
     assert same(method.broadcast(second, "b0").params, method.broadcast(first, "b0").params), "nothing yet"
     assert same(method.broadcast(second, "late").params, method.broadcast(first, "b0").params)
+    assert same(second.params, first.params) and same(method.release(second).extras, method.release(first).extras)
     assert second.facts["newcomer: round of late"] == 2
     assert second.facts["newcomer: likeness of late"] == pytest.approx(1, abs=1e-5)
     assert 0 < second.facts["newcomer: redundancy of late"] <= 1
     before = read(method.broadcast(second, "b0").params)
     both = {"b0": drawn(21, start), "late": drawn(22, start)}
     third = method.aggregate(second, updates_of(both, {"b0": AXES[1], "late": AXES[1]}))
-    half = factor_mean([both["b0"], both["late"]], [2 / 3, 1 / 3])
+    half = factor_mean([both["b0"], both["late"], before], [0.5, 0.25, 0.25])
     assert close(read(method.broadcast(third, "b0").params), half), "half of what it will count for"
     fourth = method.aggregate(third, updates_of(both, {"b0": AXES[1], "late": AXES[1]}))
     assert close(read(method.broadcast(fourth, "b0").params), factor_mean([both["b0"], both["late"]], [0.5, 0.5]))
     assert not close(before, half)
+
+
+@pytest.mark.parametrize("inside", ["nearest", "factor_mean", "common_A", "geometric_median", "multi_krum"])
+def test_a_newcomer_that_is_alone_in_its_groups_round_does_not_become_the_group(make, inside):
+    method = replace(SETTLED, inside=inside, probation=4)
+    first, start = settled(make, method)
+    own = {x: LowRank(change.B, start[x].A) for x, change in drawn(20, start).items()}
+    second = method.aggregate(first, updates_of({"late": own}, {"late": AXES[1]}))
+    before = read(method.broadcast(second, "b0").params)
+    second = replace(second, extras={n: v * 0 if n.startswith("rest.") else v for n, v in second.extras.items()})
+    moved = {x: LowRank(change.B + own[x].B, change.A) for x, change in before.items()}
+    third = method.aggregate(second, updates_of({"late": moved}, {"late": AXES[1]}))
+    after = read(method.broadcast(third, "b0").params)
+    gone = [
+        float((after[x].dense() - before[x].dense()).norm() / (moved[x].dense() - before[x].dense()).norm())
+        for x in own
+    ]
+    assert {change.rank for change in after.values()} == {2}
+    if method.inside in ("nearest", "factor_mean", "common_A"):
+        assert max(gone) <= 0.26, "a quarter of its way, after one of four rounds"
+
+
+@pytest.mark.parametrize("inside", ["nearest", "factor_mean", "geometric_median"])
+@pytest.mark.parametrize("probation", [0, 2])
+def test_the_rank_stays_whoever_comes_first_in_the_order_of_names(make, inside, probation):
+    method = replace(SETTLED, inside=inside, probation=probation)
+    server, start = settled(make, method)
+    for number, (name, axis) in enumerate((("0late", 1), ("x1", 5), ("x0", 5), ("x1", 5), ("x0", 5))):
+        server = method.aggregate(server, updates_of({name: drawn(40 + number, start)}, {name: AXES[axis]}))
+        for who in ("b0", name):
+            assert {change.rank for change in read(method.broadcast(server, who).params).values()} == {2}
+
+
+def test_of_groups_that_are_all_too_small_only_the_largest_is_shown_and_never_a_lone_newcomers(make):
+    method = replace(METHOD, smallest_cluster=3, grouping_rounds=1, probation=2)
+    server = method.init(make().initial(stream(0)))
+    start = read(server.params)
+    server = method.aggregate(server, updates_of({n: drawn(k, start) for k, n in enumerate(("a0", "a1"))}, STYLES))
+    for _ in range(4):
+        server = method.aggregate(server, updates_of({"lone": drawn(9, start)}, {"lone": AXES[7]}))
+        released = method.release(server)
+        assert server.facts["clusters"] == 2 and released.facts["clusters"] == 1
+        assert same(read_group(released, 0), read_group(server, server.facts["cluster of a0"]))
+
+
+def read_group(state, number):
+    front = f"cluster.{number}."
+    return {name.removeprefix(front): value for name, value in state.extras.items() if name.startswith(front)}
 
 
 def test_a_newcomer_of_a_new_kind_opens_a_group_that_is_shown_when_it_is_large_and_old_enough(make):

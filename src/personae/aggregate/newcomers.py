@@ -53,9 +53,9 @@ def familiar(
 ) -> Familiar:
     """What members tell of their groups, which are numbered from 0.
 
-    The threshold is this quantile of all members' cosines with the centre of their group without them, or `alone`
-    where no group has two members. The concentration is the likeliest one for the members'
-    distances from their centres, kappa = r (D - r^2) / (1 - r^2), of the mean r of their cosines.
+    The threshold is this quantile of all members' cosines with the centre of their group without them, which are taken
+    as `alone` where no group has two members. The concentration is the likeliest one for their mean r,
+    kappa = r (D - r^2) / (1 - r^2).
 
     Source of kappa: Banerjee et al. 2005, JMLR 6, equation 4.4. The rest is our choice.
     Raises: ConfigError, without members, or when a group has none.
@@ -76,11 +76,10 @@ def familiar(
         if len(own) > 1
         for k in own.tolist()
     ]
-    along = float(torch.cat([units[own] @ centre for own, centre in zip(members, centres, strict=True)]).mean())
-    r = min(max(along, 0.0), 1 - 1e-6)
-    seen = float(torch.tensor(without, dtype=torch.float64).quantile(quantile)) if without else alone
+    found = torch.tensor(without or [alone], dtype=torch.float64)
+    r = min(max(float(found.mean()), 0.0), 1 - 1e-6)
     concentration = r * (units.shape[1] - r**2) / (1 - r**2)
-    return Familiar(centres, tuple(len(own) for own in members), concentration, seen)
+    return Familiar(centres, tuple(len(own) for own in members), concentration, float(found.quantile(quantile)))
 
 
 def redundancy(adapters: Sequence[Adapter], change: Adapter, ridge: float = 1e-6) -> tuple[list[float], float]:
@@ -102,9 +101,7 @@ def redundancy(adapters: Sequence[Adapter], change: Adapter, ridge: float = 1e-6
     return [float(value) for value in mixture], left**0.5
 
 
-def trust(arrived: int | None, now: int, probation: int) -> float:
-    """How much somebody counts who came in round `arrived`: nothing in that round, more in each, and wholly after
-    `probation` rounds. Of None, who was there from the beginning, wholly."""
-    if arrived is None or not probation:
-        return 1.0
-    return min(1.0, max(0.0, (now - arrived) / probation))
+def trust(rounds: int | None, probation: int) -> float:
+    """How much a newcomer counts that took part in so many rounds before: nothing in its first, wholly after
+    `probation`. Of None, who was there from the beginning, wholly."""
+    return 1.0 if rounds is None or not probation else min(1.0, rounds / probation)

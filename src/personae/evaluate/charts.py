@@ -198,9 +198,9 @@ def dot_chart(key: str, title: str, new: Mapping[str, Numbers], train: Mapping[s
 def group_map(labels: Sequence[str], groups: Sequence[int], cosines: Sequence[Sequence[float]]) -> Markup:
     """How like each other clients' descriptors are, darker for more, with lines wherever another group begins.
 
-    All are in one order, in which clients of one group stand together.
+    All are in one order.
     """
-    low = min(min(row) for row in cosines)
+    low = min(0.9, *(value for row in cosines for value in row))
 
     def draw(axes: Axes) -> None:
         axes.pcolormesh(cosines, cmap="Greys", vmin=low, vmax=1.0)

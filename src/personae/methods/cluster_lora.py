@@ -44,10 +44,12 @@ class ClusterLora:
 
     Groups are formed anew for whoever comes in the first `grouping_rounds`; afterwards they stay, and a newcomer joins
     the group that its description is likeliest from, or opens one of its own. In its first round it changes nothing of
-    what others get, and counts more from round to round until it counts wholly after `probation` rounds; a group of
-    newcomers, or of fewer than `smallest_cluster`, has its adapter for itself until then. Rules that weigh nobody leave
-    newcomers out in their first round only. Facts say of each newcomer how like its group it is, and how much of its
-    first update the groups had no part in (`aggregate/newcomers.py`).
+    what others get; it counts more from one of its rounds to the next, wholly after `probation` of them, and only then
+    in the centre, the size and the weight of its group. Rules that weigh nobody leave it out in its first round only. A
+    group with fewer than `smallest_cluster` such members keeps its adapter to itself, as long as there are larger ones;
+    at the end its members take another one's. How many members a group has does not say how many of them sent
+    something in a round. Facts say of each newcomer how like its group it is, and how much of its first update the
+    groups had no part in (`aggregate/newcomers.py`).
 
     `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
     again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
@@ -125,28 +127,27 @@ class ClusterLora:
             groups = self._grouped(seen)
         else:
             groups, found = self._joining(server, before, seen, arrived)
-            told |= found | {_came(name): number_now for name in seen if name not in before}
-        trusted = {name: trust(told.get(_came(name)), number_now, self.probation) for name in seen}
+            told |= found | {f"{NEWCOMER}round of {name}": number_now for name in seen if name not in before}
+            told |= {_times(name): 0 for name in seen if name not in before}
+        trusted = self._trusted(groups, told)
+        told |= {_times(u.client): told[_times(u.client)] + 1 for u in arrived if _times(u.client) in told}
+        settled = _settled(groups, trusted)
         count = max(groups.values()) + 1
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
         for number, ancestor in enumerate(_heirs(before, groups, count)):
-            members = [name for name in sorted(seen) if groups[name] == number]
             start = read(server.params if ancestor is None else _under(server.extras, f"{CLUSTER}.{ancestor}."))
-            own = [update for update in arrived if groups[update.client] == number]
-            counts = [trusted[update.client] for update in own]
-            if _all_new(members, trusted):
-                counts = [1.0] * len(own)
-            own = [update for update, counted in zip(own, counts, strict=True) if counted]
-            moved = [self._from(start, server, update) for update in own]
-            shares = _shares([update.num_examples for update in own], [counted for counted in counts if counted])
+            everyone = [update for update in arrived if groups[update.client] == number]
+            counts = [(update, 1.0 if update.client in settled else trusted[update.client]) for update in everyone]
+            own = [(update, counted) for update, counted in counts if counted]
             carried = {} if ancestor is None else _under(server.extras, f"{REST}.{ancestor}.")
-            combined, rest = self._inside(moved, shares, carried) if own else (start, carried)
+            combined, rest = self._inside(start, server, own, carried) if own else (start, carried)
             clusters.append(combined)
-            extras[f"{CENTRE}.{number}"] = torch.stack([seen[name] for name in members]).mean(0)
+            members = [seen[name] for name in sorted(settled) if settled[name] == number]
+            extras[f"{CENTRE}.{number}"] = torch.stack(members).mean(0)
             extras |= _front(f"{CLUSTER}.{number}.", written(combined)) | _front(f"{REST}.{number}.", rest)
         shown = self._shown(groups, count, trusted)
-        weights = self.weights(groups, [clusters[number] for number in shown], shown, extras)
+        weights = self.weights(settled, [clusters[number] for number in shown], shown, extras)
         facts: dict[str, Any] = {
             "round": number_now,
             "clusters": count,
@@ -184,7 +185,8 @@ class ClusterLora:
         self, server: State, before: Mapping[str, int], seen: Arrays, arrived: Sequence[Update]
     ) -> tuple[dict[str, int], dict[str, float]]:
         """Everybody's group, newcomers' being those they are likeliest from, and what is found of newcomers."""
-        known = _familiar(before, seen)
+        settled = _settled(before, self._trusted(before, server.facts))
+        known = _familiar(settled, seen)
         clusters = [read(_under(server.extras, f"{CLUSTER}.{n}.")) for n in range(int(server.facts["clusters"]))]
         start, groups, found = read(server.params), dict(before), dict[str, float]()
         for update in arrived:
@@ -193,17 +195,22 @@ class ClusterLora:
             change = stacked([read(update.sent.params), start], [1.0, -1.0])
             found[f"{NEWCOMER}likeness of {name}"] = float(known.likeness(seen[name]).max())
             found[f"{NEWCOMER}redundancy of {name}"] = redundancy(clusters, change)[1]
-            so_far = _familiar(groups, seen)  # one who came in the same round may have opened a group for both
+            opened = {other: group for other, group in groups.items() if group >= len(clusters)}
+            so_far = _familiar({**settled, **opened}, seen)  # somebody of this round may have opened it for both
             number = so_far.group(seen[name])
             if number is None and len(so_far.sizes) >= self.most_clusters:
                 number = int(so_far.likeness(seen[name]).argmax())
             groups[name] = len(so_far.sizes) if number is None else number
         return groups, found
 
+    def _trusted(self, groups: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, float]:
+        return {name: trust(facts.get(_times(name)), self.probation) for name in groups}
+
     def _shown(self, groups: Mapping[str, int], count: int, trusted: Mapping[str, float]) -> list[int]:
-        """The groups whose adapters everybody gets: with enough members, newcomers not among them; of none, all."""
+        """The groups whose adapters everybody gets: with enough members, newcomers not among them; else the largest."""
         counted = [sum(groups[name] == number and trusted[name] == 1 for name in groups) for number in range(count)]
-        return [n for n in range(count) if counted[n] >= self.smallest_cluster] or list(range(count))
+        least = min(self.smallest_cluster, max(counted))
+        return [number for number in range(count) if counted[number] >= least]
 
     def _usable(self, server: State, arrived: Sequence[Update]) -> tuple[list[Update], list[str]]:
         """The updates that can be taken, and whose cannot: without a usable description, or with an A of their own."""
@@ -238,9 +245,17 @@ class ClusterLora:
             for layer in own
         }
 
-    def _inside(self, adapters: Sequence[Adapter], shares: Sequence[float], carried: Arrays) -> tuple[Adapter, Arrays]:
-        """A cluster's new adapter, and what its rank had no room for."""
-        rank = min(change.rank for change in adapters[0].values())
+    def _inside(
+        self, start: Adapter, server: State, own: Sequence[tuple[Update, float]], carried: Arrays
+    ) -> tuple[Adapter, Arrays]:
+        """A cluster's new adapter from updates and how much each counts, and what its rank had no room for. What
+        newcomers do not count for yet, the cluster's former adapter does."""
+        adapters, counts = [self._from(start, server, update) for update, _ in own], [counted for _, counted in own]
+        claimed = rules.shares_of([update.num_examples for update, _ in own])
+        shares = [share * counted for share, counted in zip(claimed, counts, strict=True)]
+        rank = min(change.rank for change in start.values())
+        if self.inside in ("nearest", *FACTORS) and min(counts) < 1:
+            adapters, shares = [*adapters, start], [*shares, 1 - sum(shares)]
         if self.inside == "nearest":
             kept, rest = rules.nearest_with_rest(adapters, shares, rank, read(carried) if carried else None, rank)
             return kept, written(rest)
@@ -351,25 +366,19 @@ def groups_of(server: State) -> dict[str, int]:
     return {n.removeprefix(OF): int(number) for n, number in server.facts.items() if n.startswith(OF)}
 
 
-def _came(client: str) -> str:
-    return f"{NEWCOMER}round of {client}"
+def _times(client: str) -> str:
+    return f"{NEWCOMER}rounds with {client}"
+
+
+def _settled(groups: Mapping[str, int], trusted: Mapping[str, float]) -> dict[str, int]:
+    """Those who count wholly, with their groups; of a group of newcomers alone, all."""
+    whole = {group for name, group in groups.items() if trusted[name] == 1}
+    return {name: group for name, group in groups.items() if trusted[name] == 1 or group not in whole}
 
 
 def _familiar(groups: Mapping[str, int], seen: Arrays) -> Familiar:
     names = sorted(groups)
     return familiar(torch.stack([seen[name] for name in names]), [groups[name] for name in names])
-
-
-def _all_new(members: Sequence[str], trusted: Mapping[str, float]) -> bool:
-    return all(trusted[name] < 1 for name in members)
-
-
-def _shares(num_examples: Sequence[int], trusted: Sequence[float]) -> list[float]:
-    """By examples, of newcomers less; they sum to 1."""
-    if not num_examples:
-        return []
-    raw = [share * counted for share, counted in zip(rules.shares_of(num_examples), trusted, strict=True)]
-    return [value / sum(raw) for value in raw]
 
 
 def _under(arrays: Arrays, front: str) -> dict[str, Tensor]:
