@@ -17,6 +17,7 @@ from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
 from personae.study.by_style import styles_of
 from personae.study.collaboration import Collaboration, best_rate
+from personae.study.collaboration_report import FIGURES, answer
 from personae.study.study import where
 from personae.study.variants import Variant
 from personae.study.workflow import run_study
@@ -100,12 +101,40 @@ def test_weights_are_measured_on_the_first_variants_groups(done):
 
 def test_the_answer_compares_with_the_best_rival(done):
     answer = done.answer
-    assert answer.numbers["ratios"]["rival"] == "one for all"
     ours, theirs = (answer.numbers["figures"][name] for name in ("by style", "one for all"))
-    ratios = answer.numbers["ratios"]["by_style"]
-    assert ratios["noto"] == pytest.approx(ours["noto"]["distance"] / theirs["noto"]["distance"])
+    compared = answer.numbers["against"]["compared"]
+    assert compared.keys() == {"noto", "twemoji", "mean"} and compared["mean"]["rival"] == "one for all"
+    noto = compared["noto"]
+    assert noto["difference"]["mean"] == pytest.approx(ours["noto"]["distance"] - theirs["noto"]["distance"])
+    if theirs["noto"]["distance"] > 0:
+        assert noto["ratio"] == pytest.approx(ours["noto"]["distance"] / theirs["noto"]["distance"])
     assert [chart.name for chart in answer.charts] == ["groups", "distances"]
-    assert any("The best rival is one for all" in finding for finding in answer.findings)
+    assert any("1 seeds." in finding for finding in answer.findings)
+
+
+def drawn(variant, seed, distance):
+    figures = dict.fromkeys(FIGURES, 0.5) | {"distance": distance, "alignment_real": 0.9}
+    return {"stage": "drawn", "variant": variant, "seed": seed, "by_style": {"noto": figures}, "picture": "x.png"}
+
+
+def ran(variant, seed, loss):
+    return {"stage": "run", "variant": variant, "rate": 0.1, "seed": seed, "losses": {"a": loss}, **COST}
+
+
+COST = {"bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
+
+
+def test_a_rival_that_is_not_above_the_floor_has_no_ratio_and_seeds_are_paired_by_name():
+    """Seeds stand in other orders, and one is missing with the rival."""
+    rows = [ran(v, s, 0.1 * s + (v == "r")) for v, s in (("o", 0), ("o", 1), ("o", 2), ("r", 1), ("r", 0))]
+    near = [drawn("o", 0, 0.02), drawn("o", 1, 0.03), drawn("o", 2, 9.0), drawn("r", 1, -0.004), drawn("r", 0, 0.001)]
+    against = answer([*rows, *near], ["o", "r"], ["r"], {"o": 0.1, "r": 0.1}).numbers["against"]
+    assert against["compared"]["noto"]["ratio"] is None
+    assert against["compared"]["noto"]["difference"]["mean"] == pytest.approx((0.019 + 0.034) / 2)
+    assert against["loss"]["mean"] == pytest.approx(-1) and against["loss"]["num"] == 2
+    far = [drawn("o", 0, 0.02), drawn("o", 1, 0.04), drawn("r", 1, 0.041), drawn("r", 0, 0.039)]
+    found = answer([*rows, *far], ["o", "r"], ["r"], {"o": 0.1, "r": 0.1}).numbers["against"]["compared"]["mean"]
+    assert found["ratio"] == pytest.approx(0.03 / 0.04)
 
 
 def test_styles_are_told_by_pictures():

@@ -12,6 +12,7 @@ from personae.core import stream
 from personae.data.emoji import vocabulary
 from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import auroc
+from personae.study.by_style import server_of
 from personae.study.newcomers import Newcomers
 from personae.study.study import where
 from personae.study.workflow import run_study
@@ -71,8 +72,10 @@ def test_the_withheld_style_comes_late_with_one_of_every_other(done):
 
 def test_the_server_says_how_like_its_groups_each_newcomer_is(done):
     (late,) = where(done.rows, stage="late")
-    assert all(-1 <= each["likeness"] <= 1 and 0 <= each["redundancy"] <= 1 for each in late["newcomers"].values())
-    assert done.answer.numbers["auroc"].keys() == {"likeness", "redundancy"}
+    facts = server_of(done.folder / "runs" / "late-twemoji-0").facts
+    for name, figures in late["newcomers"].items():
+        assert figures["likeness"] == facts[f"newcomer: likeness of {name}"]
+        assert facts[f"newcomer: round of {name}"] == 2
 
 
 def test_a_newcomer_trains_from_its_group_and_from_nothing(done):
@@ -82,6 +85,54 @@ def test_a_newcomer_trains_from_its_group_and_from_nothing(done):
     assert len(group) == len(nothing) == 2 and all(map(math.isfinite, [*group, *nothing]))
     assert group[0] != nothing[0] and group[0] != group[1]
     assert done.answer.tables[0].rows[0][4] == where(done.rows, stage="together")[0]["losses"][row["client"]]
+
+
+def told(groups, likeness, losses=(1.0, 1.0)):
+    """Two known styles, of which "b" is withheld; a0 and a1 were there, the others came late."""
+    styles = {"a0": "a", "a1": "a", "late": "a", "b0": "b", "b1": "b"}
+    newcomers = {name: {"likeness": likeness[name], "redundancy": 1 - likeness[name]} for name in ("late", "b0", "b1")}
+    both = {"withheld": "b", "seed": 0, "styles": styles}
+    return [
+        {"stage": "late", **both, "groups": groups, "newcomers": newcomers, "losses": dict.fromkeys(styles, losses[1])},
+        {"stage": "without", **both, "losses": dict.fromkeys(styles, losses[0])},
+    ]
+
+
+STUDY_OF_TWO = Newcomers("collaborative/styles", ("twemoji",), adapt_rounds=(0, 1, 4))
+
+
+def test_a_newcomer_alone_in_a_group_of_its_own_is_not_at_its_place_unless_its_style_is_new():
+    right = {"a0": 0, "a1": 0, "late": 0, "b0": 1, "b1": 1}
+    likeness = {"late": 0.9, "b0": 0.2, "b1": 0.3}
+    numbers = STUDY_OF_TWO.answer(told(right, likeness)).numbers
+    assert numbers["placed"] == {"known": 1, "unknown": 1} and numbers["agreement"] == 1
+    assert numbers["auroc"] == {"likeness": 1, "redundancy": 1}
+    scattered = {"a0": 0, "a1": 0, "late": 1, "b0": 2, "b1": 3}
+    numbers = STUDY_OF_TWO.answer(told(scattered, {"late": 0.25, "b0": 0.2, "b1": 0.3})).numbers
+    assert numbers["placed"] == {"known": 0, "unknown": 1} and numbers["agreement"] < 0.5
+    assert numbers["auroc"]["likeness"] == 0.5
+    drowned = {"a0": 0, "a1": 0, "late": 0, "b0": 0, "b1": 1}
+    assert STUDY_OF_TWO.answer(told(drowned, likeness)).numbers["placed"]["unknown"] == 0.5
+
+
+def test_the_others_are_those_who_were_there():
+    groups = {"a0": 0, "a1": 0, "late": 0, "b0": 1, "b1": 1}
+    rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.02))
+    rows[0]["losses"] |= {"late": 99.0}
+    assert STUDY_OF_TWO.answer(rows).numbers["others"] == pytest.approx({"mean": 0.01, "worst": 0.01})
+
+
+def test_rounds_are_counted_to_the_oracle_and_who_never_comes_there_is_not_left_out():
+    rows = [{"stage": "together", "seed": 0, "losses": {"late": 1.0, "slow": 1.0}}]
+    for name, nothing in (("late", [2.0, 1.5, 1.04]), ("slow", [2.0, 1.9, 1.8])):
+        losses = {"group": [1.06, 1.049, 1.0], "nothing": nothing}
+        rows.append({"stage": "adapt", "withheld": "b", "seed": 0, "client": name, "style": "a", "losses": losses})
+    answer = STUDY_OF_TWO.answer(rows)
+    assert answer.numbers["rounds"] == {"group": [1, 1], "nothing": [4, None]}
+    assert answer.numbers["rounds_of_the_way"] == {"group": [1, 1], "nothing": [4, None]}
+    assert "needs 1 rounds' worth of steps from its group's adapter, 4 from nothing" in answer.findings[0]
+    rows[1]["losses"]["nothing"] = rows[2]["losses"]["nothing"]
+    assert "more than were tried from nothing" in STUDY_OF_TWO.answer(rows).findings[0]
 
 
 def test_the_area_under_the_curve():

@@ -26,7 +26,7 @@ from personae.core import Batch, Denoiser, State, device_of
 from personae.errors import ArtefactError, ConfigError, RefusedPacket
 from personae.infer.samplers import Kind, Sampler, check_steps, kind_of, scheduler_for, times_of, walk
 
-VERSION = "1"
+VERSION = "2"
 LATENT, GENERATOR, HISTORY = "latent", "generator", "history."
 REQUEST, SIGNATURE = "request", "signature"
 

@@ -6,7 +6,7 @@ the best one. "drawn": what these personal models draw of things that the base m
 the same things in the client's style.
 
 `weights` are ways to weigh the groups in what is shared by all; they change nothing else, and each is measured on the
-groups of the first variant's first run.
+groups of the first variant's runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import renderings, statistics
 from personae.infer.sample import draw
-from personae.methods.cluster_lora import ClusterLora
+from personae.methods.cluster_lora import WITHHELD, ClusterLora, groups_of
 from personae.personal.tokens import is_word
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
@@ -45,6 +45,9 @@ from personae.study.by_style import of_cluster, server_of, styles_of
 from personae.study.collaboration_report import answer
 from personae.study.study import Answer, Cell, Row, where
 from personae.study.variants import Variant
+
+HALVINGS = 16
+"""Ways to part the real pictures into two halves, over which the floor of a distance is averaged."""
 
 SHOWN = 8
 """Pictures in a row of a grid."""
@@ -79,12 +82,17 @@ class Collaboration:
             )
         if not self.rates or not self.seeds or not all(rate > 0 for rate in self.rates):
             raise ConfigError(f"rates are {list(self.rates)}, seeds {list(self.seeds)}; expected some, rates above 0")
+        if self.features is not None:
+            features_by_name(self.features)  # a package that is missing is better missed now than after all training
         if not 2 <= self.num_names <= len(scene_names()):
             raise ConfigError(f"num_names is {self.num_names}, expected 2 to {len(scene_names())}")
         for variant in (*self.variants, *self.weights):
-            method = load_recipe(self.recipe, [*self.changes, *variant.changes]).method
-            if not isinstance(method, ClusterLora):
-                raise ConfigError(f"{self.recipe} is of another method; expected cluster_lora, whose options vary here")
+            recipe = load_recipe(self.recipe, [*self.changes, *variant.changes])
+            if not isinstance(recipe.method, ClusterLora) or "{thing}" not in (recipe.data.caption or ""):
+                raise ConfigError(
+                    f"{self.recipe} is of another method, or its data.caption has no {{thing}}; expected cluster_lora, "
+                    "whose options vary here, and a caption into which things can be put"
+                )
 
     # --- what is to be measured --------------------------------------------------------------------------------------
 
@@ -98,9 +106,14 @@ class Collaboration:
             return first
         best = [{"variant": variant.name, "rate": best_rate(found, variant.name)} for variant in self.variants]
         others = [{"stage": "run", **of, "seed": seed} for seed in self.seeds[1:] for of in best]
+        if len(where(found, stage="run")) < len(first) + len(others):
+            return [*first, *others]
         drawn = [{"stage": "drawn", **of, "seed": seed} for seed in self.seeds for of in best]
-        ours = {**best[0], "seed": self.seeds[0]}
-        weighed = [{"stage": "weights", "weights": variant.name, **ours} for variant in self.weights]
+        weighed = [
+            {"stage": "weights", "weights": variant.name, **best[0], "seed": seed}
+            for seed in self.seeds
+            for variant in self.weights
+        ]
         return [*first, *others, *weighed, *drawn]
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
@@ -124,8 +137,9 @@ class Collaboration:
             "bytes_down": summary["bytes_down"],
             "seconds": summary["wall_seconds"],
         }
-        groups = {name: server.facts.get(f"cluster of {name}") for name in styles}
-        if all(group is not None for group in groups.values()):
+        groups = groups_of(server)
+        if groups.keys() >= styles.keys():
+            groups = {name: groups[name] for name in styles}
             seen = torch.stack([server.extras[f"seen.{name}"] for name in styles])
             figures |= {
                 "groups": groups,
@@ -171,8 +185,8 @@ class Collaboration:
         """Real ones; the client's own; with its words and its group's adapter; with these and the one for all."""
         model, words, server = run.denoiser, pick(run.personal(client), is_word), server_of(run.folder)
         rows = [renderings(style, names), personal]
-        group = server.facts.get(f"cluster of {client}")
-        for adapter in (*([] if group is None else [of_cluster(server, int(group))]), run.released.params):
+        group = groups_of(server).get(client)
+        for adapter in (*([] if group is None else [of_cluster(server, group)]), run.released.params):
             model.load({**adapter, **words})
             rows.append(self._draw(model, names, seed, client, _wording(run)))
         return torch.cat(rows)
@@ -181,12 +195,16 @@ class Collaboration:
         features = _features(self.features)
         real = features.extract(renderings(style, scene_names()))
         made = features.extract(drawn)
-        found = kid(
-            made, real, features=features.name, subset_size=min(50, len(made), len(real) // 2), subsets=100, seed=seed
+        size = min(50, len(made), len(real) // 2)
+        found = kid(made, real, features=features.name, subset_size=size, subsets=100, seed=seed)
+        floor = fmean(
+            kid(real, real, features=features.name, subset_size=size, subsets=20, seed=number).floor
+            for number in range(HALVINGS)
         )
         centre = normalize(real.mean(0), dim=0)
         return {
-            "distance": found.mean - found.floor,
+            "distance": found.mean - floor,
+            "floor": floor,
             "distance_std": found.std,
             "style": _probe().score(drawn, [style] * len(drawn)).drawn.overall.share,
             "style_real": _probe().real.by_style[style].share,
@@ -204,10 +222,10 @@ class Collaboration:
         server, clients = server_of(run.folder), build_clients(run.recipe)
         method = load_recipe(self.recipe, [*self.changes, *variant.changes]).method
         assert isinstance(method, ClusterLora), "checked when the study was read"
-        shown = list(range(int(server.facts["clusters"])))
+        shown = [n for n in range(int(server.facts["clusters"])) if f"{WITHHELD} {n}" not in server.facts]
         clusters = [read(of_cluster(server, number)) for number in shown]
         styles = styles_of(clients)
-        groups = {name: int(server.facts[f"cluster of {name}"]) for name in styles}
+        groups = groups_of(server)
         weights = method.weights(groups, clusters, shown, server.extras)
         adapter = written(stacked(clusters, [weights[number] for number in shown]))
         losses: dict[str, list[float]] = {}
@@ -240,11 +258,8 @@ def _folder(folder: Path, cell: Cell) -> Path:
 
 
 def _wording(run: SavedRun) -> str:
-    """What clients say of their pictures, with {thing} for the name. Raises: ConfigError, when the recipe has none."""
-    told = run.recipe.data.caption
-    if told is None or "{thing}" not in told:
-        raise ConfigError(f"the recipe's data.caption is {told!r}, expected a wording with {{thing}}")
-    return told
+    """What clients say of their pictures, with {thing} for the name."""
+    return str(run.recipe.data.caption)
 
 
 @lru_cache(maxsize=1)

@@ -41,8 +41,8 @@ def answer(
         numbers["figures"] = {name: _means(drawn[name], styles) for name in names if drawn[name]}
         tables.append(_figures(numbers["figures"], styles))
         charts.append(_distances(numbers["figures"], styles))
-        if all(len(drawn[name]) == len(drawn[names[0]]) for name in rivals):
-            told, numbers["ratios"] = _against(names[0], rivals, drawn, rows, styles)
+        if all(drawn[name] for name in rivals):
+            told, numbers["against"] = _against(names[0], rivals, drawn, rows, styles)
             findings += told
         for name in names:
             pictures += [
@@ -55,7 +55,7 @@ def answer(
             ]
     if weighed := [row for row in found if row["stage"] == "weights"]:
         tables.append(_weights(weighed))
-        numbers["weights"] = {row["weights"]: {"losses": row["losses"], "shares": row["shares"]} for row in weighed}
+        numbers["weights"] = [{key: row[key] for key in ("weights", "seed", "losses", "shares")} for row in weighed]
     return Answer(findings, numbers, tables, charts, pictures)
 
 
@@ -81,47 +81,51 @@ def _against(
     rows: Mapping[str, Sequence[Row]],
     styles: Sequence[str],
 ) -> tuple[list[str], dict[str, Any]]:
-    """Against the rival with the smallest mean distance: ratios by style, paired differences over styles and seeds."""
-    mean = {name: fmean(row["by_style"][s]["distance"] for row in drawn[name] for s in styles) for name in rivals}
-    rival = min(mean, key=lambda name: mean[name])
-    ratios = {s: _ratio(drawn[ours], drawn[rival], s) for s in styles}
-    whole = fmean(row["by_style"][s]["distance"] for row in drawn[ours] for s in styles) / mean[rival]
-    pairs = [
-        (ours_row["by_style"][s]["distance"], theirs["by_style"][s]["distance"])
-        for ours_row, theirs in zip(drawn[ours], drawn[rival], strict=True)
-        for s in styles
+    """In each style against the rival that is nearest there, on average against the one that is nearest on average.
+
+    Differences are paired by seed: what clients of one federation have in common is no independent evidence.
+    """
+    by_seed = {name: {row["seed"]: row for row in drawn[name]} for name in (ours, *rivals)}
+    losses = {name: {row["seed"]: fmean(row["losses"].values()) for row in rows[name]} for name in (ours, *rivals)}
+    seeds = [seed for seed in by_seed[ours] if all(seed in by_seed[name] and seed in losses[name] for name in rivals)]
+
+    def figures(name: str, what: str, among: Sequence[str]) -> list[float]:
+        return [fmean(by_seed[name][seed]["by_style"][style][what] for style in among) for seed in seeds]
+
+    compared: dict[str, dict[str, Any]] = {}
+    for key, among in [*((style, [style]) for style in styles), ("mean", list(styles))]:
+        distances = {name: figures(name, "distance", among) for name in (ours, *rivals)}
+        rival = min(rivals, key=lambda name: fmean(distances[name]))
+        apart, above = paired(distances[ours], distances[rival]), interval(distances[rival])
+        clear = above.low > 0 if above.num > 1 else above.mean > 0
+        ratio = fmean(distances[ours]) / above.mean if clear else None
+        compared[key] = {"rival": rival, "ratio": ratio, "difference": vars(apart)}
+    rival = compared["mean"]["rival"]
+    loss = paired([losses[ours][seed] for seed in seeds], [losses[rival][seed] for seed in seeds])
+    gained = [
+        (a - b) / (real - b)
+        for a, b, real in zip(
+            figures(ours, "alignment", styles),
+            figures(rival, "alignment", styles),
+            figures(ours, "alignment_real", styles),
+            strict=True,
+        )
     ]
-    distance = paired([a for a, _ in pairs], [b for _, b in pairs])
-    both = zip(rows[ours], rows[rival], strict=True)
-    losses = [(a["losses"][name], b["losses"][name]) for a, b in both for name in a["losses"]]
-    loss = paired([a for a, _ in losses], [b for _, b in losses])
-    alignment = interval(
-        [
-            a["by_style"][s]["alignment"] / b["by_style"][s]["alignment"] - 1
-            for a, b in zip(drawn[ours], drawn[rival], strict=True)
-            for s in styles
-        ]
+    alignment = interval(gained)
+    told = [f"{len(seeds)} seeds. " + " ".join(_compared(key, ours, found) for key, found in compared.items())]
+    told.append(
+        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Of the way from {rival} to real "
+        f"pictures in alignment (LSA-1): {_said(alignment, 2)}. {PAPERS}"
     )
-    smallest = min(ratios, key=lambda s: ratios[s])
-    told = [
-        f"The best rival is {rival}. Personal models of {ours} are {whole:.2f} times as far above the floor on "
-        f"average, {ratios[smallest]:.2f} times in {smallest}; the mean difference is {_said(distance, 4)}.",
-        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Alignment: {_said(alignment, 3)} "
-        f"of the rival's. {PAPERS}",
-    ]
-    return told, {
-        "rival": rival,
-        "by_style": ratios,
-        "mean": whole,
-        "distance": vars(distance),
-        "loss": vars(loss),
-        "alignment": vars(alignment),
-    }
+    return told, {"compared": compared, "loss": vars(loss), "alignment": vars(alignment)}
 
 
-def _ratio(ours: Sequence[Row], theirs: Sequence[Row], style: str) -> float:
-    mine, other = (fmean(row["by_style"][style]["distance"] for row in rows) for rows in (ours, theirs))
-    return mine / other
+def _compared(key: str, ours: str, found: Mapping[str, Any]) -> str:
+    where_ = "On average" if key == "mean" else f"In {key}"
+    told = _said(Interval(**found["difference"]), 4)
+    if found["ratio"] is None:
+        return f"{where_} {found['rival']} is not clearly above the floor; {ours} differs from it by {told}."
+    return f"{where_} {ours} is {found['ratio']:.2f} times as far above the floor as {found['rival']}, {told}."
 
 
 def _said(found: Interval, digits: int) -> str:
@@ -155,7 +159,10 @@ def _costs(rows: Mapping[str, Sequence[Row]]) -> Table:
         "bytes down",
         "seconds",
     )
-    note = "Each at the rate with the lowest held-out loss of personal models. Bytes of all clients together."
+    note = (
+        "Each at the rate with the lowest held-out loss of personal models with the first seed, whose own losses are a "
+        "little low by that. Bytes of all clients together."
+    )
     return Table("Runs", columns, entries, note)
 
 
@@ -165,28 +172,34 @@ def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: S
     ]
     note = (
         "Of what personal models draw: the kernel distance to real renderings of that style, less the distance between "
-        "two halves of these; the share that a probe of five styles takes for it; the share whose nearest rendering is "
-        "the thing that was asked for; the mean cosine with the centre of the style's renderings (LSA-1)."
+        "two halves of these, mean over halvings; the share that a probe of five styles takes for it; the share whose "
+        "nearest rendering is the thing that was asked for; the mean cosine with the centre of the style's renderings "
+        "(LSA-1)."
     )
     return Table("What personal models draw", ("variant", "style", *FIGURES.values()), entries, note)
 
 
 def _weights(rows: Sequence[Row]) -> Table:
+    """By weights, over seeds; the difference to the first is paired by seed."""
     styles = list(rows[0]["losses"])
-    entries: list[list[Entry]] = [
-        [
-            row["weights"],
-            fmean(row["losses"].values()),
-            *(row["losses"][style] for style in styles),
-            ", ".join(f"{group} {share:.2f}" for group, share in row["shares"].items()),
-        ]
-        for row in rows
-    ]
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["weights"], []).append(row)
+    first = {row["seed"]: fmean(row["losses"].values()) for row in next(iter(by_name.values()))}
+    entries: list[list[Entry]] = []
+    for name, own in by_name.items():
+        means = {row["seed"]: fmean(row["losses"].values()) for row in own}
+        both = [seed for seed in means if seed in first]
+        apart = _said(paired([means[seed] for seed in both], [first[seed] for seed in both]), 5)
+        shares = ", ".join(f"{group} {share:.2f}" for group, share in own[0]["shares"].items())
+        of_styles = [fmean(row["losses"][style] for row in own) for style in styles if style in own[0]["losses"]]
+        entries.append([name, fmean(means.values()), apart, *of_styles, shares])
     note = (
-        "Held-out loss of the adapter for all, with each client's own words, by how the groups are weighed. DED and "
-        "SNT are our reconstruction of ingredients of which only the names are published."
+        "Held-out loss of the adapter for all, with each client's own words, by how the groups are weighed; shares of "
+        "the first seed. DED and SNT are our reconstruction of ingredients of which only the names are published."
     )
-    return Table("What all share, by weights", ("weights", "mean loss", *styles, "shares"), entries, note)
+    columns = ("weights", "mean loss", "minus the first", *styles, "shares")
+    return Table("What all share, by weights", columns, entries, note)
 
 
 def _map(row: Row) -> Chart:
