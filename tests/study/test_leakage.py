@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from personae.artefact.save import load_state
+from personae.artefact.run_folder import RunFolder
 from personae.backbone import pipeline
 from personae.backbone.pipeline import SIZES, fresh, save_pipeline
 from personae.backbone.schedule import schedule
@@ -70,7 +70,7 @@ def test_the_server_holds_what_clients_sent(done):
     sides = _sides(done.folder / "runs" / "0")
     assert sides.names == ("c0", "c1", "c2") and sorted(sides.truth) == [0, 1, 2]
     for name, descriptor in zip(sides.names, sides.descriptors, strict=True):
-        kept = load_state(sides.kept[name])
+        kept = RunFolder(sides.folder).last_kept(name)
         assert torch.allclose(kept.extras["descriptor"], descriptor, atol=1e-6)
         assert torch.equal(sides.vectors(name), kept.params["tokens.<own>"])
         labels = sides.data[name].train.labels

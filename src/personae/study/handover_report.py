@@ -164,7 +164,8 @@ def _sentence(verdict: Verdict) -> str:
     return (
         f"Server's share {verdict.share:.0%}: {'accepted' if verdict.accepted else 'not accepted'}. The client makes "
         f"{verdict.fewer:.1%} fewer calls. The style is told from {_share(verdict.leak)} of hand-offs, chance is "
-        f"{verdict.chance:.1%} ({judged(verdict.hides)}). It is found in {verdict.style:.1%} of finished pictures, in "
+        f"{verdict.chance:.1%} ({judged(verdict.hides)}, as nothing that the server draws with depends on the client). "
+        f"It is found in {verdict.style:.1%} of finished pictures, in "
         f"{verdict.at_home:.1%} all at home ({judged(verdict.keeps_style)}). Against all at home, {quality}{gained}. "
         f"Packets hold {verdict.rest_bytes} bytes beside latents and history "
         f"({judged(verdict.rest_bytes <= REST_BYTES)})."

@@ -149,9 +149,8 @@ class Leakage:
             # What is behind the prompt's end is not asked for, so the attacker is spared it.
             states = states[: len(inverter.tokens(text)) + 1]
             states = noisy_states(states, noise, stream(seed, "states", sent, str(noise), number))
-            doubt = DOUBT + 1.25 * noise if sent == "own" else None
             texts.append((client, text))
-            guesses.append(inverter.guess(states, doubt))
+            guesses.append(inverter.guess(states, DOUBT + 1.25 * noise))  # whether there is an own word, nobody says
         read = [guess.tokens for guess in guesses]
         tokens = [inverter.tokens(text) for _, text in texts]
         own = [[at for at, token in enumerate(row) if token >= inverter.num_known] for row in tokens]
@@ -170,7 +169,9 @@ class Leakage:
             ),
             "example": [texts[0][1], inverter.text(read[0])],
         }
-        if sent == "own":
+        if sent != "own":
+            figures["false alarms"] = fmean(any(t >= inverter.num_known for t in guess.tokens) for guess in guesses)
+        else:
             figures |= _own_words(sides, [client for client, _ in texts], own, guesses, inverter.num_known)
         return figures
 

@@ -39,6 +39,7 @@ PROMPT_COLUMNS = {
     "whole by chance": "whole, from another's",
     "style named": "style's word read",
     "noticed": "own word noticed",
+    "false alarms": "own word suspected where none is",
     "residual": "residual there",
     "residual elsewhere": "largest elsewhere",
     "vector": "cosine to its vector",
