@@ -1,12 +1,15 @@
 """From a recipe's [data] to everybody's images: names, who comes later, captions."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from personae.core import Images
 from personae.errors import ConfigError, DataError
-from personae.recipe.build import build_clients, said
+from personae.recipe.build import build_clients, build_job, said
 from personae.recipe.config import load_recipe, parse, to_table
+from personae.recipe.models import build_denoiser
 from personae.recipe.schema import Data
 
 
@@ -29,6 +32,14 @@ def test_new_clients_of_fixed_new_are_the_same_whoever_trains():
     for name in few.new:
         assert torch.equal(few.data[name].train.pixels, many.data[name].train.pixels)
         assert torch.equal(few.data[name].heldout.pixels, many.data[name].heldout.pixels)
+
+
+def test_more_updates_than_clients_that_are_there_are_refused():
+    recipe = load_recipe("digits/spire", ['federation.late=["c0"]', "federation.late_from=3", "federation.minimum=8"])
+    found = build_clients(recipe)
+    few = dataclasses.replace(found, train=found.train[:8])
+    with pytest.raises(ConfigError, match="minimum is 8, and before round 3 there are 7 clients: 1 of 8 are late"):
+        build_job(recipe, few, build_denoiser(recipe, found.sample_shape), None)
 
 
 def test_a_caption_that_leaves_the_thing_open_is_no_caption_for_images_without():

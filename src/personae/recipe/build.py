@@ -248,7 +248,12 @@ def sample_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 def build_job(recipe: Recipe, clients: Clients, model: Model, folder: Path | None) -> Job:
     """Everything that an engine needs, with all clients at hand."""
-    late, late_from = recipe.federation.late, recipe.federation.late_from
+    late, late_from, minimum = recipe.federation.late, recipe.federation.late_from, recipe.federation.minimum or 0
+    if minimum > (there := len(clients.train) - len(late)):
+        raise ConfigError(
+            f"federation.minimum is {minimum}, and before round {late_from} there are {there} clients: {len(late)} of "
+            f"{len(clients.train)} are late"
+        )
     population = Population(model, clients.data, clients.train, clients.new, recipe.cohort, late, late_from)
     members = Pooled(population) if recipe.data.pooled else population
     return build_job_of(recipe, members, folder, None if recipe.engine == "in_process" else RecipeSite(recipe))
