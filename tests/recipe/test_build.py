@@ -35,10 +35,11 @@ def test_new_clients_of_fixed_new_are_the_same_whoever_trains():
 
 
 def test_more_updates_than_clients_that_are_there_are_refused():
-    recipe = load_recipe("digits/spire", ['federation.late=["c0"]', "federation.late_from=3", "federation.minimum=8"])
+    recipe = load_recipe("digits/spire", ['federation.late=["c0"]', "federation.late_from=3", "federation.minimum=6"])
     found = build_clients(recipe)
-    few = dataclasses.replace(found, train=found.train[:8])
-    with pytest.raises(ConfigError, match="minimum is 8, and before round 3 there are 7 clients: 1 of 8 are late"):
+    recipe = dataclasses.replace(recipe, cohort=None)
+    few = dataclasses.replace(found, train=found.train[:6])
+    with pytest.raises(ConfigError, match="minimum is 6, and before round 3 there are 5 clients: 1 of 6 are late"):
         build_job(recipe, few, build_denoiser(recipe, found.sample_shape), None)
 
 
