@@ -244,7 +244,7 @@ def test_a_full_or_read_only_disk_loses_nothing(command, tmp_path, tiny, tiny_ru
     """While it trains. What is measured afterwards is left out for time."""
     monkeypatch.setattr(workflow.SavedRun, "evaluate", lambda *_, **__: {})
     monkeypatch.setattr(workflow.SavedRun, "report", lambda _: None)
-    monkeypatch.setattr(app, "_finished", lambda *_: None)
+    monkeypatch.setattr(app, "print_finished", lambda *_: None)
     folder = tmp_path / "run"
     settings = [part for override in tiny for part in ("--set", override)]
     train = ["run", "quickstart", "--out", folder, *settings]

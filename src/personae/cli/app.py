@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 an unexpected error; 2 recipe, option or argument; 3 image
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import warnings
@@ -16,6 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from personae.cli.drawing import sample, serve
+from personae.cli.options import Json, RunArgument, model_or_run
+from personae.cli.told import figures_of, print_finished, print_found, print_measured, print_personalized
 
 app = typer.Typer(
     name="personae",
@@ -29,9 +32,6 @@ app = typer.Typer(
 )
 
 STOPPED = 130
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for another program.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -70,13 +70,13 @@ def run(
         folder = out if out is not None else Path("runs") / str(table.get("name"))
         with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
             study = run_study(recipe, folder, overrides=[*(overrides or ()), *chosen], watch=watch)
-        _measured(study, as_json)
+        print_measured(study, as_json)
         return
     loaded = parse(table, where)
     folder = out if out is not None else Path("runs") / loaded.name
     with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
         saved = train(loaded, folder, watch=watch)
-    _finished(saved, as_json)
+    print_finished(saved, as_json)
 
 
 @app.command()
@@ -89,11 +89,11 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
     if is_study(run):
         with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
             study = resume_study(run, watch=watch)
-        _measured(study, as_json)
+        print_measured(study, as_json)
         return
     with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
         saved = continue_run(run, watch=watch)
-    _finished(saved, as_json)
+    print_finished(saved, as_json)
 
 
 @app.command()
@@ -118,7 +118,7 @@ def personalize(
     from personae.recipe.models import is_text_to_image
     from personae.recipe.workflow import open_run
 
-    lies = _found(run)
+    lies = model_or_run(run)
     if is_text_to_image(lies):
         if each or method is None or noun is None:
             raise ConfigError(
@@ -139,11 +139,11 @@ def personalize(
         )
     saved = open_run(run)
     if name is None:
-        _personalized(saved, saved.personalize_many(_folders(data), at_once=at_once), as_json)
+        print_personalized(saved, saved.personalize_many(_folders(data), at_once=at_once), as_json)
         return
     figures = saved.personalize(name, data)
     asked = '--prompt "..." ' if saved.denoiser.reads_captions else ""
-    _print(
+    print_found(
         as_json,
         {"client": name, "file": str(saved.folder / "clients" / f"{name}.safetensors"), **figures},
         [
@@ -153,20 +153,6 @@ def personalize(
             f"next: personae sample {run} --client {name} {asked}-n 16",
         ],
     )
-
-
-def _found(name: Path) -> Path:
-    """Where a run or a pipeline lies. Raises: ArtefactError, when it is neither there nor shipped."""
-    from personae.backbone.shipped import model_folder, shipped
-    from personae.errors import ArtefactError
-
-    folder = model_folder(name)
-    if not folder.exists():
-        raise ArtefactError(
-            f"{name} does not exist; give the folder of a run or of a text-to-image pipeline, or a model that comes "
-            f"with personae: {', '.join(shipped())}"
-        )
-    return folder
 
 
 def _personal_run(
@@ -191,7 +177,7 @@ def _personal_run(
     figures = saved.summary["clients"][name]
     file, report = folder / "clients" / f"{name}.safetensors", folder / "report.html"
     said = str(recipe.data.caption)
-    _print(
+    print_found(
         as_json,
         {"client": name, "file": str(file), "report": str(report), **figures},
         [
@@ -213,150 +199,8 @@ def _folders(data: Path) -> dict[str, Path]:
     return found
 
 
-def _personalized(saved: Any, many: dict[str, dict[str, Any]], as_json: bool) -> None:
-    folder = saved.folder / "clients"
-    lines = [
-        f"{name}: {figures['trained_parameters']:,} numbers trained, {figures['num_images']} images, "
-        f"held-out loss {figures['heldout_loss_before']:.4f} -> {figures['heldout_loss']:.4f}"
-        for name, figures in many.items()
-    ]
-    wrote = f"wrote {len(many)} files to {folder}; nothing was sent"
-    _print(as_json, {"clients": many, "folder": str(folder)}, [*lines, wrote])
-
-
-@app.command()
-def sample(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run's folder, or a text-to-image pipeline's, or tiny-t2i.")
-    ],
-    client: Annotated[str | None, typer.Option(help="Of a run: whose personal model draws.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to draw, for models that read text.")] = None,
-    num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
-    out: Annotated[
-        Path | None, typer.Option(help="A new folder for them; RUN/samples/<client>-<seed> when left out.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps; the run's, or 25.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How far to follow; the run's, or 3.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where; the run's, or cpu.")] = None,
-    server: Annotated[str | None, typer.Option(help="Address of one that begins; token in PERSONAE_TOKEN.")] = None,
-    server_steps: Annotated[float | None, typer.Option(help="Its share of the steps; 0.3.")] = None,
-    authority: Annotated[Path | None, typer.Option(help="Certificate to trust it by.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
-    from personae.errors import ArtefactError, ConfigError
-    from personae.evaluate.grids import save_grid
-    from personae.recipe.models import draw_from_pipeline, is_text_to_image
-    from personae.recipe.workflow import open_run
-
-    lies = _found(run)
-    plain = is_text_to_image(lies)
-    if plain and (prompt is None or client is not None or out is None):
-        raise ConfigError(
-            f"{run} is a pipeline; say --prompt, what to draw, and --out, where to, and leave out --client"
-        )
-    if not plain and client is None:
-        raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
-    folder = out or run / "samples" / f"{client}-{seed}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
-    if server is None and (server_steps is not None or authority is not None):
-        raise ConfigError("--server-steps and --authority are for --server, which is missing")
-    if server is not None:
-        share = 0.3 if server_steps is None else server_steps
-        images = _with_server(run, client, prompt, server, share, authority, num_images, seed, steps, guidance, device)
-    elif plain:
-        images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
-    else:
-        images = open_run(run, device).sample(
-            str(client), num_images, seed=seed, prompt=prompt, steps=steps, guidance=guidance
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images):
-        save_grid(folder / f"{number:04d}.png", image[None], columns=1, scale=1)
-    save_grid(folder / "grid.png", images, columns=8)
-    _print(
-        as_json,
-        {"client": client, **({"prompt": prompt} if prompt else {}), "num_images": num_images, "folder": str(folder)},
-        [f"wrote {num_images} images and grid.png to {folder}"],
-    )
-
-
-def _with_server(
-    run: Path,
-    client: str | None,
-    prompt: str | None,
-    url: str,
-    share: float,
-    authority: Path | None,
-    num_images: int,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    device: str | None,
-) -> Any:
-    from personae.errors import ConfigError
-    from personae.recipe.workflow import open_run
-
-    if client is None or prompt is None:
-        raise ConfigError("--server begins what a client of a run finishes; say --client and --prompt")
-    if not (token := os.environ.get("PERSONAE_TOKEN")):
-        raise ConfigError(f"{url} wants a token; put it into the environment variable PERSONAE_TOKEN")
-    _needs_serve("cryptography")
-    from personae.serve.client import Server, sample_with
-
-    return sample_with(
-        open_run(run, device),
-        client,
-        prompt,
-        Server(url, token, authority, os.environ.get("PERSONAE_SERVER_KEY")),
-        share,
-        num_images,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-    )
-
-
-def _needs_serve(*packages: str) -> None:
-    from importlib.util import find_spec
-
-    from personae.errors import ConfigError
-
-    if lacking := [name for name in packages if find_spec(name) is None]:
-        raise ConfigError(f"this needs {', '.join(lacking)}: pip install 'personae[serve]'")
-
-
-@app.command()
-def serve(
-    run: RunArgument,
-    tokens: Annotated[Path, typer.Option(help="A file of lines NAME TOKEN: who may ask.")],
-    host: Annotated[str, typer.Option(help="Where to listen; others reach it with a certificate only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="And on which port.")] = 8443,
-    certificate: Annotated[Path | None, typer.Option(help="For HTTPS, a PEM file.")] = None,
-    certificate_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
-    signing_key: Annotated[
-        Path | None, typer.Option(help="To sign what is sent; made if missing. Without it a new one at each start.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where; the run's when left out.")] = None,
-) -> None:
-    """Begin drawings for clients, with the run's shared model, until Ctrl-C. They finish them at home."""
-    from personae.recipe.workflow import open_run
-
-    _needs_serve("cryptography", "fastapi", "uvicorn")
-    from personae.serve.edge import serve as listen
-
-    saved = open_run(run, device)
-    listen(
-        saved,
-        tokens,
-        host=host,
-        port=port,
-        certificate=certificate,
-        certificate_key=certificate_key,
-        signing_key=signing_key,
-    )
+app.command()(sample)
+app.command()(serve)
 
 
 @app.command()
@@ -368,7 +212,7 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
     saved = open_run(run)
     with Progress(run, f"personae evaluate {run}", quiet=as_json) as watch:
         summary = saved.evaluate(watch=watch)
-    _print(as_json, summary, [*_table(summary), f"wrote {saved.folder / 'summary.json'}"])
+    print_found(as_json, summary, [*figures_of(summary), f"wrote {saved.folder / 'summary.json'}"])
 
 
 @app.command()
@@ -433,7 +277,7 @@ def import_file(
     lines += [
         f"{len(matched.missing)} parts are not in it and stay as at the start: {', '.join(matched.missing[:3])}"
     ] * bool(matched.missing)
-    _print(as_json, found, lines)
+    print_found(as_json, found, lines)
 
 
 @app.command()
@@ -459,7 +303,7 @@ def inspect(
     found = inspect_file(file)
     lines = [f"{key}: {value}" for key, value in found.items() if not isinstance(value, dict)]
     lines += [f"  {name}  {t['dtype']} {t['shape']}" for name, t in list(found.get("tensors", {}).items())[:40]]
-    _print(as_json, found, lines)
+    print_found(as_json, found, lines)
 
 
 bench = typer.Typer(help="What was measured, and what papers claim.", no_args_is_help=True)
@@ -483,7 +327,7 @@ def papers(as_json: Json = False) -> None:
         f"             personae run {line.recipe}{line.cells}; {line.paper}"
         for line in lines
     ]
-    _print(as_json, {"claims": rows(lines)}, told)
+    print_found(as_json, {"claims": rows(lines)}, told)
 
 
 @app.command()
@@ -492,62 +336,13 @@ def doctor(as_json: Json = False) -> None:
     from personae.recipe.environment import doctor as check
 
     rows = check()
-    _print(
+    print_found(
         as_json,
         {name: {"fine": fine, "found": found} for fine, name, found in rows},
         [f"{'ok ' if fine else 'BAD'}  {name:28} {found}" for fine, name, found in rows],
     )
     if not all(fine for fine, _, _ in rows):
         raise typer.Exit(1)
-
-
-def _finished(saved: Any, as_json: bool) -> None:
-    summary = saved.summary
-    _print(
-        as_json,
-        {"run": str(saved.folder), "report": str(saved.folder / "report.html"), "summary": summary},
-        [*_table(summary), f"report: {saved.folder / 'report.html'}"],
-    )
-
-
-def _measured(study: Any, as_json: bool) -> None:
-    summary = study.summary
-    report = study.folder / "report.html"
-    found = {"study": str(study.folder), "report": str(report), "summary": summary}
-    _print(as_json, found, [*summary["findings"], f"report: {report}"])
-
-
-def _table(summary: dict[str, Any]) -> list[str]:
-    """A screenful of figures: one line per role, and one per new client."""
-    lines = []
-    for role, title in (("train", "training clients"), ("new", "new clients")):
-        chosen = {name: c for name, c in summary["clients"].items() if c["role"] == role}
-        if chosen:
-            losses = [c["heldout_loss"] for c in chosen.values() if c["heldout_loss"] is not None]
-            loss = f"{sum(losses) / len(losses):.4f}" if losses else "unknown"
-            lines.append(f"{len(chosen)} {title}: held-out loss {loss}{_distances(list(chosen.values()))}")
-    for name, c in list(summary["clients"].items()):
-        if c["role"] == "new":
-            lines.append(
-                f"  {name}: {c['num_images']} images, {c['trained_parameters']:,} numbers trained, "
-                f"{c['bytes_up']} bytes sent, file {c['personal_file_bytes']:,} bytes{_distances([c])}"
-            )
-    return lines
-
-
-def _distances(chosen: list[dict[str, Any]]) -> str:
-    after = [c["histogram_distance"] for c in chosen if c["histogram_distance"] is not None]
-    before = [c["histogram_distance_before"] for c in chosen if c["histogram_distance_before"] is not None]
-    if not after:
-        return ""
-    start = f"{sum(before) / len(before):.3f} -> " if before else ""
-    return f", class-histogram distance {start}{sum(after) / len(after):.3f}"
-
-
-def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
-    from personae.artefact.save import json_text
-
-    print(json_text(value, indent=2) if as_json else "\n".join(lines))
 
 
 def main() -> None:
