@@ -134,11 +134,19 @@ LITTLE = {
         "fine_tuning": {"steps": 5, "lr": 0.01, "batch_size": 8},
     },
     "collaboration": {"seeds": [0], "rates": [0.001], "num_names": 4, "sampler_steps": 2},
+    "newcomers": {"seeds": [0], "withheld": ["twemoji"], "late_from": 2, "adapt_rounds": [0, 1]},
     "drawing": {"num_names": 2, "num_scenes": 2, "steps": 2},
     "parts": {"seeds": [0], "steps": 2, "num_drawn": 2, "num_unrelated": 2, "sampler_steps": 2},
     "variants": {"seeds": [0]},
 }
 """Settings of each kind of study that leave as little as still has all of its parts."""
+
+
+FOUR_CLIENTS = (
+    *('data.styles=["noto","twemoji"]', "data.partition.num_clients=4", "data.heldout=0.05"),
+    *("method.smallest_cluster=1", "method.grouping_rounds=1", "method.words.steps=2", "method.training.steps=1"),
+)
+"""Of collaborative/styles."""
 
 
 def tables(settings, key):
@@ -152,7 +160,10 @@ def as_little_as_possible(name):
     settings |= LITTLE[table["study"]]
     if "variants" in settings:
         settings["variants"] = settings["variants"][:2]  # all of them are read by tests/study/test_config.py
+    if table["study"] in ("collaboration", "newcomers"):
+        settings["changes"] += FOUR_CLIENTS
     if table["study"] == "collaboration":
+        del settings["features"]
         settings["rivals"], settings["weights"] = settings["rivals"][:1], settings["weights"][:2]
     elif "rivals" in settings:
         settings["rivals"] = settings["rivals"][:2]
