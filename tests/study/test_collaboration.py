@@ -5,12 +5,6 @@ from statistics import fmean
 
 import pytest
 
-from personae.backbone.pipeline import fresh, save_pipeline
-from personae.backbone.schedule import schedule
-from personae.backbone.text2image import TextToImage
-from personae.backbone.vocabulary import write_tokenizer
-from personae.core import stream
-from personae.data.emoji import vocabulary
 from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import adjusted_rand
 from personae.recipe.build import build_clients
@@ -65,12 +59,9 @@ threads = 1
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, untrained):
     folder = tmp_path_factory.mktemp("collaboration")
-    tokenizer = write_tokenizer(folder / "tokenizer", vocabulary(), max_tokens=4000, length=24)
-    networks = fresh("tiny", tokenizer, stream(0))
-    save_pipeline(TextToImage(networks, schedule(prediction_type="v_prediction", clip_sample=False)), folder / "model")
-    changes = str([*LITTLE, f"backbone.folder={folder / 'model'}"])
+    changes = str([*LITTLE, f"backbone.folder={untrained}"])
     (folder / "study.toml").write_text(STUDY.format(changes=changes), "utf-8")
     return run_study(folder / "study.toml", folder / "out")
 

@@ -2,52 +2,38 @@
 
 import pytest
 
-from personae.backbone.pipeline import fresh, save_pipeline
-from personae.backbone.schedule import schedule
-from personae.backbone.text2image import TextToImage
-from personae.backbone.vocabulary import write_tokenizer
-from personae.core import stream
-from personae.data.emoji import vocabulary
 from personae.errors import ConfigError
 from personae.study import drawing
 from personae.study.drawing import PACKAGES, Drawing
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawing")
-    networks = fresh("tiny", write_tokenizer(folder / "words", vocabulary(), max_tokens=4000, length=24), stream(0))
-    save_pipeline(TextToImage(networks, schedule(prediction_type="v_prediction", clip_sample=False)), folder / "model")
-    return folder / "model"
 
 
 def measured(study, folder):
     return [{**cell, **study.measure(cell, 0, folder)} for cell in study.cells([])]
 
 
-def test_an_untrained_model_draws_nothing_that_was_asked_for(model, tmp_path, monkeypatch):
+def test_an_untrained_model_draws_nothing_that_was_asked_for(untrained, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "PACKAGES", {"no_such_package": "minilm"})
-    names, scenes = measured(Drawing(str(model), num_names=4, num_scenes=3, steps=1), tmp_path)
+    names, scenes = measured(Drawing(str(untrained), num_names=4, num_scenes=3, steps=1), tmp_path)
     assert names["nearest rendering"]["drawn"] < 0.2 < 0.9 < names["nearest rendering"]["real"]
     assert scenes["both anywhere"] == {"drawn": 0, "real": 1, "through the autoencoder": 0, "other captions": 0}
     assert names["lacking"] == ["minilm"] and "name" not in names
-    answer = Drawing(str(model)).answer([names, scenes])
+    answer = Drawing(str(untrained)).answer([names, scenes])
     assert "install minilm" in answer.findings[2] and len(answer.pictures) == 2
     assert all((tmp_path / picture.path).is_file() for picture in answer.pictures)
 
 
-def test_real_pictures_pass(model, tmp_path, monkeypatch):
+def test_real_pictures_pass(untrained, tmp_path, monkeypatch):
     """In the place of drawn ones."""
     for package in PACKAGES:
         pytest.importorskip(package)
     monkeypatch.setattr(Drawing, "_drawn", lambda self, captions, real, seed: (real, real))
     few = drawing.scene_names()[:20]
     monkeypatch.setattr(drawing, "scene_names", lambda: few)
-    names, scenes = measured(Drawing(str(model), num_names=20, num_scenes=8), tmp_path)
+    names, scenes = measured(Drawing(str(untrained), num_names=20, num_scenes=8), tmp_path)
     assert names["nearest rendering"]["drawn"] == 1 and names["style"]["drawn"] == names["style"]["real"] > 0.5
     assert names["name"]["drawn"] == names["name"]["real"] > 0.5
     assert scenes["both at their places"]["drawn"] == 1 and scenes["both at their places"]["other captions"] < 0.2
-    table = Drawing(str(model), num_names=20).answer([names, scenes]).tables[0]
+    table = Drawing(str(untrained), num_names=20).answer([names, scenes]).tables[0]
     assert [row[0] for row in table.rows] == [
         "style",
         "nearest rendering",

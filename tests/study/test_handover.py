@@ -6,12 +6,9 @@ import json
 import pytest
 import torch
 
-from personae.backbone.pipeline import fresh, save_pipeline
 from personae.backbone.schedule import schedule
-from personae.backbone.text2image import TextToImage
-from personae.backbone.vocabulary import write_tokenizer
 from personae.core import Images, pick, stream
-from personae.data.emoji import STYLES, named, pack, vocabulary
+from personae.data.emoji import STYLES, named, pack
 from personae.errors import ConfigError, DataError
 from personae.evaluate.text2image_features import renderings, statistics
 from personae.infer.split import LATENT, SplitPlan, begin
@@ -104,12 +101,9 @@ steps = 5
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, untrained):
     folder = tmp_path_factory.mktemp("handover")
-    tokenizer = write_tokenizer(folder / "tokenizer", vocabulary(), max_tokens=4000, length=24)
-    networks = fresh("tiny", tokenizer, stream(0))
-    save_pipeline(TextToImage(networks, schedule(prediction_type="v_prediction", clip_sample=False)), folder / "model")
-    (folder / "federation.toml").write_text(FEDERATION.format(model=folder / "model"), "utf-8")
+    (folder / "federation.toml").write_text(FEDERATION.format(model=untrained), "utf-8")
     (folder / "handover.toml").write_text(STUDY.format(recipe=folder / "federation.toml"), "utf-8")
     return run_study(folder / "handover.toml", folder / "out")
 

@@ -5,12 +5,6 @@ import math
 import pytest
 import torch
 
-from personae.backbone.pipeline import fresh, save_pipeline
-from personae.backbone.schedule import schedule
-from personae.backbone.text2image import TextToImage
-from personae.backbone.vocabulary import write_tokenizer
-from personae.core import stream
-from personae.data.emoji import vocabulary
 from personae.errors import ConfigError
 from personae.study.parts import HELD_OUT, WORD, Part, Parts, Subject, pictures_of
 from personae.study.workflow import run_study
@@ -108,13 +102,10 @@ shared = "{projection}"
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, untrained):
     folder = tmp_path_factory.mktemp("parts")
-    tokenizer = write_tokenizer(folder / "tokenizer", vocabulary(), max_tokens=4000, length=24)
-    networks = fresh("tiny", tokenizer, stream(0))
-    save_pipeline(TextToImage(networks, schedule(prediction_type="v_prediction", clip_sample=False)), folder / "model")
-    (folder / "projection.toml").write_text(PROJECTION.format(model=folder / "model"), "utf-8")
-    text = STUDY_OF_PARTS.format(model=folder / "model", projection=folder / "projection.toml")
+    (folder / "projection.toml").write_text(PROJECTION.format(model=untrained), "utf-8")
+    text = STUDY_OF_PARTS.format(model=untrained, projection=folder / "projection.toml")
     (folder / "parts.toml").write_text(text, "utf-8")
     return run_study(folder / "parts.toml", folder / "out")
 
