@@ -484,3 +484,15 @@ def test_one_client_is_not_trained_for_others_beside_it():
     model.load({**model.initial(stream(0)), EMBEDDING: codes(model)}, 3)
     with pytest.raises(ConfigError, match="client 'c0' has 2 others beside it, and `fit` trains one client"):
         fit(replace(first, beside=tuple(others)), PERSONAL, SGD)
+
+
+@pytest.mark.parametrize("precision, fused", [("float32", True), ("bfloat16", False)])
+def test_attention_in_bfloat16_goes_by_plain_products_on_a_cpu(precision, fused):
+    seen = []
+
+    def loss(model, batch):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return total(model, batch)
+
+    fit(made(Plan(loss=loss)), PERSONAL, replace(SGD, precision=precision))
+    assert seen == [fused] * SGD.steps and torch.backends.cuda.flash_sdp_enabled()

@@ -5,11 +5,13 @@ several in one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personae.core import Arrays, Batch, Client, Denoiser, Images, Noised, Plan, Select, Training
 from personae.errors import ConfigError, Diverged
@@ -78,7 +80,7 @@ def fit_together(
         for group, rate in groups:
             group["lr"] = rate * _pace(step, how)
         for _ in range(how.accumulate):
-            with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=how.precision == "bfloat16"):
+            with _precision(how, parameters[0].device):
                 batch = _noised(clients, examples, how, parameters[0].device)
                 losses = plan.loss(model, batch)[None] if plan.loss else denoising_each(model, batch, len(clients))
                 whole = losses.sum() + sum((penalty(model, batch) for penalty in plan.penalties), losses.new_zeros(()))
@@ -132,6 +134,20 @@ def _check(clients: Sequence[Client], moving: Mapping[str, nn.Parameter]) -> Non
             f"{names} are to train together, but have plans of their own, or a loss or penalties, which see one "
             "client's model; train these clients one after the other"
         )
+
+
+@contextmanager
+def _precision(how: Training, device: torch.device) -> Iterator[None]:
+    """With bfloat16 on a CPU, attention goes by plain matrix products: its fused kernel's gradients take ten times as
+    long there."""
+    if how.precision == "float32":
+        yield
+        return
+    with (
+        torch.autocast(device.type, torch.bfloat16),
+        sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext(),
+    ):
+        yield
 
 
 class _Examples:
