@@ -355,11 +355,33 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A concept that somebody teaches a model: its name, the new word that stands for it, and what it is one of."""
+
+    name: str
+    word: str
+    noun: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a continual method asks for beside the concept's own images.
+
+    `prior` shows other things of the same noun, drawn by the model as it was before anybody taught it; `prompts` are
+    captions of other things, the same ones for every concept.
+    """
+
+    prior: Images | None = None
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Client:
     """One participant, as it sees itself in one round. The engine has loaded `model` before any method sees it.
 
     `beside` are others that personalize in the same batch, each from its own data and generator; `model` then holds a
-    row for each of `together`.
+    row for each of `together`. Where concepts arrive one after the other, `tasks` are those so far, the present one
+    last, and `data` is of that one alone.
     """
 
     name: str
@@ -368,11 +390,18 @@ class Client:
     rng: torch.Generator
     plan: Plan = Plan()
     beside: tuple[Client, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    given: Given = Given()
 
     @property
     def together(self) -> tuple[Client, ...]:
         """This client, then those beside it."""
         return (self, *self.beside)
+
+    @property
+    def task(self) -> Task:
+        """The concept that is being learned."""
+        return self.tasks[-1]
 
     def update(self, sent: State, **metrics: float) -> Update:
         return Update(self.name, len(self.data.train), sent, metrics)

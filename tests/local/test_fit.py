@@ -486,7 +486,7 @@ def test_one_client_is_not_trained_for_others_beside_it():
         fit(replace(first, beside=tuple(others)), PERSONAL, SGD)
 
 
-@pytest.mark.parametrize("precision, fused", [("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(("precision", "fused"), [("float32", True), ("bfloat16", False)])
 def test_attention_in_bfloat16_goes_by_plain_products_on_a_cpu(precision, fused):
     seen = []
 

@@ -131,8 +131,9 @@ class PromptInverter:
         assert words is not None, "only a pipeline with new words has rows to fit"
         row, at = divmod(token - words.first, words.options.num_vectors)
         vectors, asked = words.rows[row], torch.tensor([[*before, token]])
-        best, best_residual = words.begin, float("inf")
-        for start in (words.begin, torch.zeros_like(words.begin), table[nearest].detach()):
+        begin = list(words.initial().values())[row][at].to(vectors.device)
+        best, best_residual = begin, float("inf")
+        for start in (begin, torch.zeros_like(begin), table[nearest].detach()):
             with torch.no_grad():
                 vectors[at] = start
             self._fit(vectors, at, asked, state)

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from personae.core import Arrays
 from personae.errors import ConfigError
-from personae.personal.lora import UNET, without_lora
+from personae.personal.lora import UNET, is_lora, products, without_lora
 
 DELTA = "delta."
 
@@ -51,6 +52,21 @@ class Delta:
 
 def is_delta(name: str) -> bool:
     return name.startswith(DELTA)
+
+
+def absorbed(params: Arrays, factor: float = 1.0) -> dict[str, Tensor]:
+    """The same model without its adapters: `factor` times each one's product B A goes into its weight's change.
+
+    Raises: ConfigError, when a weight with an adapter has no change.
+    """
+    added = {DELTA + name: factor * product for name, product in products(params).items()}
+    if homeless := sorted(added.keys() - params.keys()):
+        raise ConfigError(
+            f"{len(homeless)} adapters have no change of weights to go into ({homeless[0].removeprefix(DELTA)}, ...): "
+            "let delta name the layers that lora names"
+        )
+    rest = {name: value for name, value in params.items() if not is_lora(name)}
+    return {name: value + added[name] if name in added else value for name, value in rest.items()}
 
 
 def without_parts(name: str) -> str | None:

@@ -28,9 +28,10 @@ LEVEL = "text_model."
 SLOT = "own"
 """The one adapter that a layer holds, as peft calls it inside."""
 
-Targets = Literal["self", "self+cross", "self+cross+text"]
+Targets = Literal["cross_kv", "self", "self+cross", "self+cross+text"]
 
 PATTERNS: Mapping[Targets, Mapping[str, str]] = {
+    "cross_kv": {UNET: r".*\.attn2\.(to_k|to_v)"},
     "self": {UNET: r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)"},
     "self+cross": {UNET: r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
     "self+cross+text": {
@@ -62,6 +63,15 @@ class Lora:
 
 def is_lora(name: str) -> bool:
     return name.endswith((A, B))
+
+
+def products(params: Arrays) -> dict[str, Tensor]:
+    """B A of every adapter among these parameters, by the name of the weight that it is added to.
+
+    Without the factor alpha / rank, which is 1 unless a recipe says otherwise.
+    """
+    names = [name.removesuffix(A) for name in params if name.endswith(A)]
+    return {f"{name}.weight": params[name + B] @ params[name + A] for name in names}
 
 
 def without_lora(name: str) -> str | None:

@@ -31,13 +31,25 @@ def is_word(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Words:
-    """New words, such as "<rex>", each of `num_vectors` vectors that start as those of `start`, a known word."""
+    """New words, such as "<rex>", each of `num_vectors` vectors that start as that of `start`, a known word; or one
+    known word for each new one."""
 
     words: tuple[str, ...]
-    start: str
+    start: str | tuple[str, ...]
     num_vectors: int = 1
 
+    @property
+    def starts(self) -> dict[str, str]:
+        """The known word by the new one."""
+        known = (self.start,) * len(self.words) if isinstance(self.start, str) else self.start
+        return dict(zip(self.words, known, strict=True))
+
     def __post_init__(self) -> None:
+        if not isinstance(self.start, str) and len(self.start) != len(self.words):
+            raise ConfigError(
+                f"tokens: start is {len(self.start)} words for {len(self.words)} new ones; expected one for each, or "
+                "one for all"
+            )
         odd = [word for word in self.words if word != word.lower() or word.split() != [word]]
         if not self.words or odd or len(set(self.words)) != len(self.words) or self.num_vectors < 1:
             raise ConfigError(
@@ -51,7 +63,7 @@ def plain(text: str, options: Words) -> str:
     said: list[tuple[str, bool]] = []
     for piece in cut(text, options.words):
         new = piece.lower() in options.words
-        said += [(word, new) for word in (options.start if new else piece).split()]
+        said += [(word, new) for word in (options.starts[piece.lower()] if new else piece).split()]
     kept: list[tuple[str, bool]] = []
     for word, new in said:
         if not kept or word.lower() != kept[-1][0].lower() or not (new or kept[-1][1]):
@@ -79,22 +91,25 @@ class NewWords(nn.Module):
         super().__init__()
         self._front = front
         self.options, self.first, self._table = options, table.num_embeddings, [table]
-        known = set(tokenizer.get_vocab())
+        vocabulary = set(tokenizer.get_vocab())
         for word in options.words:
-            pieces = tokenizer.tokenize(word)
-            if word in known or len(pieces) < 2:
+            if word in vocabulary or len(tokenizer.tokenize(word)) < 2:
                 raise ConfigError(
                     f"tokens: the tokenizer already knows {word!r}; choose a word that it does not, such as <{word}>"
                 )
-        start = tokenizer(options.start, add_special_tokens=False)["input_ids"]
-        if len(start) != 1:
-            raise ConfigError(
-                f"tokens: the word {options.start!r} to start from is {len(start)} tokens "
-                f"({', '.join(tokenizer.tokenize(options.start))}), expected one; choose a simpler word"
-            )
-        self.begin = table.weight[start[0]].detach().clone()
+        numbers = {known: tokenizer(known, add_special_tokens=False)["input_ids"] for known in options.starts.values()}
+        for known, pieces in numbers.items():
+            if len(pieces) != 1:
+                raise ConfigError(
+                    f"tokens: the word {known!r} to start from is {len(pieces)} tokens "
+                    f"({', '.join(tokenizer.tokenize(known))}), expected one; choose a simpler word"
+                )
         shape = (options.num_vectors, table.embedding_dim)
-        self.rows = nn.ParameterList([nn.Parameter(self.begin.expand(shape).clone()) for _ in options.words])
+        self._begin = {
+            front + word: table.weight[numbers[known][0]].detach().expand(shape).clone()
+            for word, known in options.starts.items()
+        }
+        self.rows = nn.ParameterList([nn.Parameter(row.clone()) for row in self._begin.values()])
         table.register_forward_pre_hook(self._hide)
         table.register_forward_hook(self._put)
 
@@ -102,8 +117,8 @@ class NewWords(nn.Module):
         return {self._front + word: row for word, row in zip(self.options.words, self.rows, strict=True)}
 
     def initial(self) -> dict[str, Tensor]:
-        """The vector of the word to start from; nothing is drawn."""
-        return {name: self.begin.expand(row.shape).clone() for name, row in self.live().items()}
+        """The vectors of the words to start from; nothing is drawn."""
+        return {name: row.to("cpu", copy=True) for name, row in self._begin.items()}
 
     def pieces(self, text: str) -> list[str | int]:
         """A text cut at the new words; of these their numbers, one for each vector."""
