@@ -12,6 +12,7 @@ CHECKED = (
     "aggregate.low_rank",
     "aggregate.newcomers",
     "attack",
+    "continual",
     "data.mixture",
     "data.partition",
     "data.sources",
@@ -21,6 +22,7 @@ CHECKED = (
     "infer",
     "evaluate",
     "theory",
+    "sequence",
     "study",
 )
 """Rooms and files whose annotations say shapes. Here every call in them is checked against these."""

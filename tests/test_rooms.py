@@ -29,6 +29,7 @@ LEVELS = (
     ("evaluate", "attack"),
     ("testing",),
     ("recipe",),
+    ("sequence",),
     ("study",),
     ("serve",),
     ("cli",),

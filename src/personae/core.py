@@ -354,13 +354,20 @@ class Plan:
     loss: Loss | None = None
 
 
+CONCEPT = "{concept}"
+
+
 @dataclass(frozen=True)
 class Task:
-    """A concept that somebody teaches a model: its name, the new word that stands for it, and what it is one of."""
+    """A concept that somebody teaches a model: its name, the new word that stands for it, and what it is one of.
+
+    `wording` is what is said of pictures that say nothing themselves, with CONCEPT for "a <rex>".
+    """
 
     name: str
     word: str
     noun: str
+    wording: str = CONCEPT
 
 
 @dataclass(frozen=True)

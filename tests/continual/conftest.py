@@ -15,6 +15,7 @@ def build(tmp_path_factory):
 
     def built(parts, tasks):
         words = Words(tuple(task.word for task in tasks), tuple(task.noun for task in tasks))
-        return TextToImage(tiny_networks(folder), SCHEDULE, nothing, lora=parts.lora, delta=parts.delta, words=words)
+        own = {"lora": parts.lora, "delta": parts.delta, "neurons": parts.neurons, "words": words}
+        return TextToImage(tiny_networks(folder), SCHEDULE, nothing, **own)
 
     return built

@@ -6,7 +6,7 @@ from torch import nn
 
 from personae.core import stream
 from personae.errors import ConfigError, ShapeError
-from personae.personal.lora import PATTERNS, A, Adapters, B, Lora, is_lora, without_lora
+from personae.personal.lora import PATTERNS, A, Adapters, B, Lora, is_lora, products, without_lora
 
 
 class Block(nn.Module):
@@ -52,6 +52,11 @@ def test_which_layers(network):
     assert all(is_lora(name) for name in names) and not is_lora("unet.block.attn1.to_q.weight")
 
 
+def test_keys_and_values_of_cross_attention_alone(network):
+    names = set(Adapters({"unet.": network}, Lora(2, "cross_kv")).live())
+    assert names == {f"unet.block.attn2.{layer}{end}" for layer in ("to_k", "to_v") for end in (A, B)}
+
+
 def test_at_first_they_add_nothing_and_the_base_keeps_names_and_bits(network):
     block = network["block"]
     names, before = {name for name, _ in network.named_parameters()}, block(X)
@@ -76,6 +81,20 @@ def test_what_they_add_is_scale_times_b_a(network, alpha, scale):
         changed = expected[name] + scale * values[f"unet.block.{name}{B}"] @ values[f"unet.block.{name}{A}"]
         got = network["block"].get_submodule(name)(X)
         assert torch.allclose(got, X @ changed.T + bias[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (8.0, 2.0)])
+def test_products_are_b_a_by_the_name_of_the_weight_and_without_the_factor(network, alpha, scale):
+    adapters = Adapters({"unet.": network}, Lora(4, "cross_kv", alpha))
+    values = {name: torch.randn(value.shape, generator=stream(3, name)) for name, value in adapters.live().items()}
+    put(adapters, values)
+    found = products({**values, "tokens.<rex>": torch.ones(1, 4)})
+    assert set(found) == {f"unet.block.attn2.{layer}.weight" for layer in ("to_k", "to_v")}
+    for name, change in adapters.changes().items():
+        assert torch.allclose(scale * found[name], change, atol=1e-5)
+    own = products({f"x{A}": torch.tensor([[1.0, 2.0]]), f"x{B}": torch.tensor([[3.0], [0.0], [-1.0]])})
+    assert own["x.weight"].tolist() == [[3.0, 6.0], [0.0, 0.0], [-1.0, -2.0]]
+    assert products({"tokens.<rex>": torch.ones(1, 4)}) == {}
 
 
 def test_ranks_come_with_what_is_loaded(network):

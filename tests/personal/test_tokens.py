@@ -6,7 +6,7 @@ from torch import nn
 
 from personae.backbone.vocabulary import write_tokenizer
 from personae.errors import ConfigError
-from personae.personal.tokens import NewWords, Words
+from personae.personal.tokens import NewWords, Words, plain
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,26 @@ def test_a_word_begins_as_another_and_is_then_its_own(tokenizer, table):
     )
     assert torch.equal(table.weight, before)
     assert all(torch.equal(value, before[dog].expand(2, 3)) for value in new.initial().values())
+
+
+def test_each_word_may_begin_as_a_known_one_of_its_own(tokenizer, table):
+    options = Words(("<rex>", "<tom>", "<pip>"), ("dog", "cat", "dog"), 2)
+    new = NewWords(options, tokenizer, table)
+    dog, cat = (table.weight[tokenizer(known, add_special_tokens=False)["input_ids"][0]] for known in ("dog", "cat"))
+    begin = {name: value[0] for name, value in new.initial().items()}
+    assert list(begin) == ["tokens.<rex>", "tokens.<tom>", "tokens.<pip>"] and not torch.equal(dog, cat)
+    assert all(torch.equal(begin[f"tokens.{word}"], known) for word, known in (("<rex>", dog), ("<tom>", cat)))
+    assert torch.equal(begin["tokens.<pip>"], dog)
+    first = table.num_embeddings
+    found = table(torch.tensor([[first + 1, first + 2, first + 4]]))[0]
+    assert torch.equal(found, torch.stack([dog, cat, dog]))
+    assert plain("a <tom> and a <rex>", options) == "a cat and a dog"
+
+
+@pytest.mark.parametrize("start", [("dog",), ("dog", "cat", "dog"), ()])
+def test_another_number_of_known_words_than_of_new_ones_is_refused(start):
+    with pytest.raises(ConfigError, match=f"start is {len(start)} words for 2 new ones; expected one for each"):
+        Words(("<rex>", "<tom>"), start)
 
 
 def test_gradients_reach_the_rows_and_not_the_table(tokenizer, table):

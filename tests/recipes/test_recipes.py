@@ -12,12 +12,14 @@ from PIL import Image
 
 from personae.data.sources import FASHION_ROOT
 from personae.recipe.config import STUDY, load_recipe, read_table, recipe_folders
+from personae.sequence.config import METHOD
 
 SHIPPED = {
     str(path.relative_to(folder).with_suffix("")): path
     for folder in recipe_folders()
     for path in sorted(folder.rglob("*.toml"))
 }
+SEQUENCES = [name for name, path in SHIPPED.items() if METHOD in tomllib.loads(path.read_text("utf-8"))]
 STUDIES = [name for name, path in SHIPPED.items() if STUDY in tomllib.loads(path.read_text("utf-8"))]
 FEWER_IMAGES = {"faces": "data.num_images=120"}
 
@@ -43,7 +45,7 @@ def clients(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "photos" / client / f"{number}.png")
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in STUDIES])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in (*STUDIES, *SEQUENCES)])
 def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
     recipe = load_recipe(name)
     if lacking := missing(recipe.data.source):
@@ -67,6 +69,32 @@ def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
         assert client["heldout_loss"] > 0
         if client["role"] == "new":
             assert client["bytes_up"] == 0
+
+
+LITTLE_LESSON = (
+    *("lesson.stretches=1", "lesson.training.steps=2", "lesson.training.batch_size=2", "num_prior=2", "num_prompts=4"),
+    *("scoring.loss_grid=2", "scoring.loss_draws=1", "scoring.draws=2", "scoring.num_images=2", "scoring.num_general=2"),
+    *("sampling.steps=2",),
+)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_two_concepts_of_a_sequence(name, command, tmp_path):
+    table, _ = read_table(name, LITTLE_LESSON)
+    if lacking := missing("faces"):
+        pytest.skip(f"not installed: {lacking}")
+    (tmp_path / "little.toml").write_text(tomli_w.dumps({**table, "concepts": table["concepts"][:2]}), "utf-8")
+    settings = ["continual.draws=2"] if table[METHOD]["name"] == "ewc" else []
+
+    code, out, error = command(
+        "run", tmp_path / "little.toml", "--out", tmp_path / "run", *(part for s in settings for part in ("--set", s))
+    )
+
+    assert code == 0, error
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+    assert summary["concepts"] == [concept["name"] for concept in table["concepts"][:2]]
+    assert out.count("when new") == 2
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 LITTLE_RUN = (

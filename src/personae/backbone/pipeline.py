@@ -25,6 +25,7 @@ from personae.core import Select, nothing
 from personae.errors import ArtefactError, ConfigError
 from personae.personal.delta import Delta
 from personae.personal.lora import Lora
+from personae.personal.neurons import Neurons
 from personae.personal.tokens import Words
 
 _SMALLEST: Mapping[str, Mapping[str, Any]] = {
@@ -142,6 +143,7 @@ def open_pipeline(
     *,
     lora: Lora | None = None,
     delta: Delta | None = None,
+    neurons: Neurons | None = None,
     words: Words | None = None,
     vector: Vector | None = None,
     half: bool = False,
@@ -166,7 +168,16 @@ def open_pipeline(
     # Latents are not within [-1, 1]; a scheduler's file may say nothing of it, and DDPM's default would cut them.
     unclipped = dataclasses.replace(saved, config=_with(saved.config, clip_sample=False))
     return TextToImage(
-        networks, unclipped, opened, lora=lora, delta=delta, words=words, vector=vector, half=half, recompute=recompute
+        networks,
+        unclipped,
+        opened,
+        lora=lora,
+        delta=delta,
+        neurons=neurons,
+        words=words,
+        vector=vector,
+        half=half,
+        recompute=recompute,
     )
 
 

@@ -31,6 +31,7 @@ from personae.errors import ConfigError, PersonaeError, ShapeError
 from personae.personal.delta import Delta, Deltas, without_parts
 from personae.personal.embedding import ClientEmbedding, clients_in
 from personae.personal.lora import LEVEL, TEXT, TEXT_2, UNET, Adapters, Lora
+from personae.personal.neurons import NeuronLists, Neurons
 from personae.personal.tokens import Words
 
 PIXELS_AT_ONCE = 2**18
@@ -82,9 +83,9 @@ class Told:
 class TextToImage(nn.Module):
     """A pipeline's networks, of whose weights `opened` says which may move; all others are the frozen base.
 
-    `lora` puts adapters on attention layers, `delta` lets the weights of some of them change, `words` adds new words,
-    `vector` gives each client some numbers; all are
-    parts that may move. What an example reads that is unconditional, `Captions` says.
+    `lora` puts adapters on attention layers, `delta` lets the weights of some of them change, `neurons` chosen ones
+    among these, `words` adds new words, `vector` gives each client some numbers; all are parts that may move. What an
+    example reads that is unconditional, `Captions` says.
 
     With two text encoders the last layer of the first has no say: what opens or adapts it does not move.
 
@@ -106,6 +107,7 @@ class TextToImage(nn.Module):
         *,
         lora: Lora | None = None,
         delta: Delta | None = None,
+        neurons: Neurons | None = None,
         words: Words | None = None,
         vector: Vector | None = None,
         half: bool = False,
@@ -118,6 +120,7 @@ class TextToImage(nn.Module):
         self._networks = {UNET: self.unet, **self.captions.encoders()}
         self._adapters = None if lora is None else Adapters(self._networks, lora)
         self._deltas = None if delta is None else Deltas(self._networks, delta)
+        self._neurons = None if neurons is None else NeuronLists(self._networks, neurons)
         self.part: ClientEmbedding | None = None
         if vector is not None:
             self.part = ClientEmbedding(vector.width, _room(self.unet, vector.place), vector.start)
@@ -129,10 +132,15 @@ class TextToImage(nn.Module):
         self._opened = {name: parameter for name, parameter in named.items() if opened(name)}
         self._frozen = {name: parameter for name, parameter in named.items() if name not in self._opened}
         self._began = copies(self._opened)
-        if twice := [name for name in (self._deltas.changes() if self._deltas else {}) if name in self._opened]:
-            raise ConfigError(f"delta: {twice[0]} trains itself; freeze the base, or leave out the change beside it")
-        if half and self._deltas is not None:
-            raise ConfigError("half and delta do not go together: bfloat16 has no room for small changes of weights")
+        for what, part in (("delta", self._deltas), ("neurons", self._neurons)):
+            if twice := [name for name in (part.changes() if part is not None else {}) if name in self._opened]:
+                raise ConfigError(
+                    f"{what}: {twice[0]} trains itself; freeze the base, or leave out the change beside it"
+                )
+            if half and part is not None:
+                raise ConfigError(
+                    f"half and {what} do not go together: bfloat16 has no room for small changes of weights"
+                )
         self._dtype = self._halved() if half else None
         if recompute:
             self.unet.enable_gradient_checkpointing()
@@ -207,7 +215,8 @@ class TextToImage(nn.Module):
     def initial(self, rng: torch.Generator, only: Select = everything) -> Arrays:
         """Opened weights and words as the model began with them; adapters are drawn, and add nothing yet."""
         drawn = self._adapters.initial(rng) if self._adapters is not None else {}
-        drawn |= self._deltas.initial() if self._deltas is not None else {}
+        for part in (self._deltas, self._neurons):
+            drawn |= part.initial() if part is not None else {}
         own = self.part.initial(rng) if self.part is not None else {}
         return pick({**self._began, **drawn, **self.captions.initial(), **own}, only)
 
@@ -221,21 +230,25 @@ class TextToImage(nn.Module):
         return {name: value.detach() for name, value in self._frozen.items()}
 
     def load(self, params: Arrays, num_clients: int = 1) -> None:
-        """Adapters take the rank of what is loaded."""
+        """Adapters take the rank of what is loaded, and neurons their number."""
         self.captions.forget()
-        if self._adapters is None or params.keys() != self._live.keys() or not self._adapters.differ(params):
+        sized = [part for part in (self._adapters, self._neurons) if part is not None]
+        if params.keys() != self._live.keys() or not [part for part in sized if part.differ(params)]:
             load_into(self._live, self.part, params, num_clients)
             return
         before = self.params()
         try:
-            self._adapters.make_room(params)
-            self._live = self._parts()
+            self._make_room(sized, params)
             load_into(self._live, self.part, params, num_clients)
         except PersonaeError:
-            self._adapters.make_room(before)
-            self._live = self._parts()
+            self._make_room(sized, before)
             load_into(self._live, self.part, before, clients_in(before))
             raise
+
+    def _make_room(self, sized: Sequence[Adapters | NeuronLists], params: Arrays) -> None:
+        for part in sized:
+            part.make_room(params)
+        self._live = self._parts()
 
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])  # networks are made, and then overwritten
@@ -254,7 +267,7 @@ class TextToImage(nn.Module):
                 "Export the parts alone, or sample from the run itself"
             )
         weights = {name: value.detach().float().clone() for name, value in _named(self._networks).items()}
-        for part in (self._adapters, self._deltas):
+        for part in (self._adapters, self._deltas, self._neurons):
             for name, change in part.changes().items() if part is not None else ():
                 weights[name] += change
         if self.part is not None:
@@ -289,10 +302,11 @@ class TextToImage(nn.Module):
         return torch.bfloat16 if UNET in whole else torch.float32
 
     def _parts(self) -> dict[str, nn.Parameter]:
-        adapters = self._adapters.live() if self._adapters is not None else {}
-        adapters |= self._deltas.live() if self._deltas is not None else {}
+        beside: dict[str, nn.Parameter] = {}
+        for part in (self._adapters, self._deltas, self._neurons):
+            beside |= part.live() if part is not None else {}
         own = dict(self.part.named_parameters()) if self.part is not None else {}
-        return {**self._opened, **adapters, **self.captions.live(), **own}
+        return {**self._opened, **beside, **self.captions.live(), **own}
 
     @property
     def _at_once(self) -> int:

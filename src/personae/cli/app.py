@@ -18,7 +18,8 @@ import typer
 
 from personae.cli.drawing import sample, serve
 from personae.cli.options import Json, RunArgument, model_or_run
-from personae.cli.told import figures_of, print_finished, print_found, print_measured, print_personalized
+from personae.cli.teaching import forget, learn
+from personae.cli.told import figures_of, print_finished, print_found, print_measured, print_personalized, print_taught
 
 app = typer.Typer(
     name="personae",
@@ -61,6 +62,7 @@ def run(
     from personae.cli.progress import Progress
     from personae.recipe.config import STUDY, parse, read_table
     from personae.recipe.workflow import run as train
+    from personae.sequence.config import is_sequence_table
 
     chosen = [f"engine={engine}"] if engine is not None else []
     table, where = read_table(recipe, [*(overrides or ()), *chosen])
@@ -71,6 +73,14 @@ def run(
         with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
             study = run_study(recipe, folder, overrides=[*(overrides or ()), *chosen], watch=watch)
         print_measured(study, as_json)
+        return
+    if is_sequence_table(table):
+        from personae.sequence.workflow import run_sequence
+
+        folder = out if out is not None else Path("runs") / str(table.get("name"))
+        with Progress(folder, f"personae resume {folder}", quiet=as_json) as watch:
+            taught = run_sequence(recipe, folder, overrides=[*(overrides or ()), *chosen], watch=watch)
+        print_taught(taught, as_json)
         return
     loaded = parse(table, where)
     folder = out if out is not None else Path("runs") / loaded.name
@@ -84,12 +94,18 @@ def resume(run: RunArgument, as_json: Json = False) -> None:
     """Continue a run that was stopped; it ends in the same bits."""
     from personae.cli.progress import Progress
     from personae.recipe.workflow import resume as continue_run
+    from personae.sequence.workflow import is_sequence, open_sequence
     from personae.study.workflow import is_study, resume_study
 
     if is_study(run):
         with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
             study = resume_study(run, watch=watch)
         print_measured(study, as_json)
+        return
+    if is_sequence(run):
+        with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
+            taught = open_sequence(run).finish(watch)
+        print_taught(taught, as_json)
         return
     with Progress(run, f"personae resume {run}", quiet=as_json) as watch:
         saved = continue_run(run, watch=watch)
@@ -199,6 +215,8 @@ def _folders(data: Path) -> dict[str, Path]:
     return found
 
 
+app.command()(learn)
+app.command()(forget)
 app.command()(sample)
 app.command()(serve)
 
@@ -219,9 +237,11 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
 def report(run: RunArgument) -> None:
     """Write report.html again from what the folder holds."""
     from personae.recipe.workflow import open_run
+    from personae.sequence.workflow import is_sequence, open_sequence
     from personae.study.workflow import is_study, open_study
 
-    print(f"wrote {open_study(run).report() if is_study(run) else open_run(run).report()}")
+    kind = open_study if is_study(run) else open_sequence if is_sequence(run) else open_run
+    print(f"wrote {kind(run).report()}")
 
 
 @app.command()

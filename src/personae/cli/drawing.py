@@ -36,16 +36,19 @@ def sample(
     from personae.evaluate.grids import save_grid
     from personae.recipe.models import draw_from_pipeline, is_text_to_image
     from personae.recipe.workflow import open_run
+    from personae.sequence.workflow import is_sequence, open_sequence
 
     lies = model_or_run(run)
-    plain = is_text_to_image(lies)
+    plain, taught = is_text_to_image(lies), is_sequence(lies)
     if plain and (prompt is None or client is not None or out is None):
         raise ConfigError(
             f"{run} is a pipeline; say --prompt, what to draw, and --out, where to, and leave out --client"
         )
-    if not plain and client is None:
+    if taught and (prompt is None or client is not None):
+        raise ConfigError(f"{run} has learned concepts of one client; say --prompt, and leave out --client")
+    if not (plain or taught) and client is None:
         raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
-    folder = out or run / "samples" / f"{client}-{seed}"
+    folder = out or run / "samples" / (f"drawn-{seed}" if taught else f"{client}-{seed}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
     if server is None and (server_steps is not None or authority is not None):
@@ -53,6 +56,8 @@ def sample(
     if server is not None:
         share = 0.3 if server_steps is None else server_steps
         images = _with_server(run, client, prompt, server, share, authority, num_images, seed, steps, guidance, device)
+    elif taught:
+        images = open_sequence(run, device).sample(str(prompt), num_images, seed=seed, steps=steps, guidance=guidance)
     elif plain:
         images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
     else:

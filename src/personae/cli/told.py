@@ -32,6 +32,17 @@ def print_measured(study: Any, as_json: bool) -> None:
     print_found(as_json, found, [*summary["findings"], f"report: {report}"])
 
 
+def print_taught(saved: Any, as_json: bool) -> None:
+    summary, report = saved.summary, saved.folder / "report.html"
+    lines = [
+        f"{name}: held-out loss {new:.4f} when new, {now:.4f} now"
+        for at, name in enumerate(summary["concepts"])
+        if (new := summary["losses"][at][at]) is not None and (now := summary["losses"][-1][at]) is not None
+    ]
+    found = {"run": str(saved.folder), "report": str(report), "summary": summary}
+    print_found(as_json, found, [*lines, f"report: {report}"])
+
+
 def figures_of(summary: dict[str, Any]) -> list[str]:
     """A screenful of figures: one line per role, and one per new client."""
     lines = []

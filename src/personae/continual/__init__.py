@@ -1,12 +1,15 @@
 """One continual method per file: what a client does around each concept, so that it does not forget the others."""
 
 from personae.continual.c_lora import CLora
+from personae.continual.cns import Cns
 from personae.continual.contract import Continual, Parts
+from personae.continual.custom_diffusion import CustomDiffusion
 from personae.continual.dreambooth import DreamBooth
 from personae.continual.dsc import Dsc
 from personae.continual.ewc import Ewc
-from personae.continual.learning import Learned, learn
+from personae.continual.learning import learn
 from personae.continual.merged_lora import MergedLora
+from personae.continual.mix_of_show import MixOfShow
 from personae.continual.orthogonal import Orthogonal
 from personae.continual.sequential_lora import SequentialLora
 from personae.continual.textual_inversion import TextualInversion
@@ -20,18 +23,23 @@ CONTINUAL = {
     "dsc": Dsc,
     "c_lora": CLora,
     "orthogonal": Orthogonal,
+    "cns": Cns,
+    "custom_diffusion": CustomDiffusion,
+    "mix_of_show": MixOfShow,
 }
 """By the name that a recipe uses."""
 
 __all__ = [
     "CONTINUAL",
     "CLora",
+    "Cns",
     "Continual",
+    "CustomDiffusion",
     "DreamBooth",
     "Dsc",
     "Ewc",
-    "Learned",
     "MergedLora",
+    "MixOfShow",
     "Orthogonal",
     "Parts",
     "SequentialLora",

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from personae.continual.contract import Need, Parts, draw_with, may_move, words_of
-from personae.continual.merged_lora import delta_for
+from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move, words_of
 from personae.continual.sequential_lora import rate_of_words
 from personae.core import Client, Denoiser, Plan, State, Task, pick
 from personae.errors import ConfigError
 from personae.objective.overlap import overlap
 from personae.personal.delta import DELTA, absorbed, is_delta
-from personae.personal.lora import Lora, is_lora
+from personae.personal.lora import is_lora
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,14 @@ class CLora:
     spread of a word's start.
     """
 
-    lora: Lora = Lora(16, "cross_kv")
+    rank: int = 16
+    layers: Layers = "cross_kv"
     weight: float = 1e6
     word_rate: float = 1.0
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.lora, delta_for(self.lora))
+        return adapters_and_changes(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:

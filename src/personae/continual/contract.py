@@ -8,10 +8,14 @@ from typing import Literal, Protocol
 
 import torch
 
-from personae.core import Client, Denoiser, Plan, Select, State, Task, stream
+from personae.core import CONCEPT, Client, Denoiser, Plan, Select, State, Task, stream
 from personae.personal.delta import Delta
 from personae.personal.lora import Lora
+from personae.personal.neurons import Neurons
 from personae.personal.tokens import TOKENS
+
+Layers = Literal["cross_kv", "self+cross"]
+"""Which of the U-Net's layers learn: keys and values of cross-attention, or all four of every attention."""
 
 Need = Literal["prior_images", "calibration_prompts"]
 
@@ -22,6 +26,17 @@ class Parts:
 
     lora: Lora | None = None
     delta: Delta | None = None
+    neurons: Neurons | None = None
+
+
+def adapters(rank: int, layers: Layers) -> Parts:
+    """Adapters alone."""
+    return Parts(lora=Lora(rank, layers))
+
+
+def adapters_and_changes(rank: int, layers: Layers) -> Parts:
+    """Adapters, and changes of the same weights, into which they go."""
+    return Parts(lora=Lora(rank, layers), delta=Delta(layers))
 
 
 class Continual(Protocol):
@@ -72,9 +87,9 @@ def may_move(task: Task, *selects: Select) -> Select:
     return lambda name: name in own or any(select(name) for select in selects)
 
 
-def caption(said: str) -> str:
-    """ "a <rex>": one wording for all concepts, since a wording by itself can move a score."""
-    return f"{'an' if said[0] in 'aeiou' else 'a'} {said}"
+def caption(task: Task, said: str) -> str:
+    """What the run says of a concept, or of its noun; one wording for all, since a wording alone can move a score."""
+    return task.wording.replace(CONCEPT, f"{'an' if said[0] in 'aeiou' else 'a'} {said}")
 
 
 def load_kept(model: Denoiser, kept: State, rng: torch.Generator) -> None:

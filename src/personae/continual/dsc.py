@@ -10,17 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from personae.continual.contract import Need, Parts, caption, draw_with, may_move
+from personae.continual.contract import Layers, Need, Parts, adapters, caption, draw_with, may_move
 from personae.continual.ewc import TEMPERATURE, Ewc, temperature
 from personae.continual.sequential_lora import rate_of_words
 from personae.core import Arrays, Batch, Client, Denoiser, Noised, Penalty, Plan, State, Task, Training, pick
 from personae.errors import ConfigError
 from personae.local.fit import fit
 from personae.objective.dc_score import probabilities
-from personae.personal.lora import Lora, is_lora
+from personae.personal.lora import is_lora
 
 POOL = "pool."
-"""Before the names of adapters that are kept: "pool.<number of the concept>.<name>"."""
+"""Before the names of adapters that are kept: "pool.<concept>/<name>"."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,22 @@ class Dsc:
     """
 
     consolidation: Training
-    lora: Lora = Lora(16, "cross_kv")
+    rank: int = 16
+    layers: Layers = "cross_kv"
     score_weight: float = 0.1
     noise_weight: float = 1.0
     ewc: Ewc | None = None
     word_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.ewc is not None and self.ewc.lora != self.lora:
-            raise ConfigError("ewc.lora is not lora: both are of one adapter; write the same into both")
+        if self.ewc is not None and (self.ewc.rank, self.ewc.layers) != (self.rank, self.layers):
+            raise ConfigError(
+                "ewc.rank and ewc.layers are not those of dsc itself: both have one adapter; write the same"
+            )
 
     @property
     def parts(self) -> Parts:
-        return Parts(lora=self.lora)
+        return adapters(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -68,11 +71,11 @@ class Dsc:
     def end(self, client: Client, kept: State) -> State:
         facts = {TEMPERATURE: temperature(client, kept, self.said)}
         pool = {name: value for name, value in kept.extras.items() if name.startswith(POOL)}
-        if len(client.tasks) > 1:
+        if pool:
             loss = self._distilled(client, pool, facts[TEMPERATURE])
             fit(replace(client, plan=Plan(is_lora, self._springs(kept), loss=loss)), is_lora, self.consolidation)
         params = client.model.params()
-        pool |= {f"{POOL}{len(client.tasks) - 1}.{name}": value for name, value in pick(params, is_lora).items()}
+        pool |= {f"{POOL}{client.task.name}/{name}": value for name, value in pick(params, is_lora).items()}
         extras = {} if self.ewc is None else self.ewc.consolidated(client, kept, facts)
         return State(params, {**pool, **extras}, facts)
 
@@ -82,16 +85,16 @@ class Dsc:
     def _distilled(self, client: Client, pool: Arrays, heat: float) -> Callable[[Denoiser, Noised], Tensor]:
         """The loss above."""
         learned = pick(client.model.params(), is_lora)
-        earlier = [_of(pool, number) for number in range(len(client.tasks) - 1)]
+        earlier = [(task, adapter) for task in client.tasks[:-1] if (adapter := _of(pool, task))]
 
         def loss(model: Denoiser, batch: Noised) -> Float[Tensor, ""]:
-            chosen = int(torch.randint(len(earlier), (), generator=client.rng))
-            tasks = (client.tasks[chosen], client.task)
-            captions = (caption(client.task.noun), *(caption(self.said(task)) for task in tasks))
+            task, adapter = earlier[int(torch.randint(len(earlier), (), generator=client.rng))]
+            concepts = (caption(each, self.said(each)) for each in (task, client.task))
+            captions = (caption(client.task, client.task.noun), *concepts)
             student = predictions(model, batch, captions)
             with torch.no_grad():
                 first = predictions(model, batch, captions, learned)
-                second = predictions(model, batch, captions, earlier[chosen])
+                second = predictions(model, batch, captions, adapter)
             target = model.schedule.target(batch.x_0, batch.noise, batch.t)
             own = _errors(student, target) / heat
             scores = sum(
@@ -130,6 +133,6 @@ def _errors(said: Float[Tensor, "B K ..."], target: Float[Tensor, "B ..."]) -> F
     return (said - target[:, None]).square().flatten(2).mean(2)
 
 
-def _of(pool: Arrays, number: int) -> dict[str, Tensor]:
-    front = f"{POOL}{number}."
+def _of(pool: Arrays, task: Task) -> dict[str, Tensor]:
+    front = f"{POOL}{task.name}/"
     return {name.removeprefix(front): value for name, value in pool.items() if name.startswith(front)}

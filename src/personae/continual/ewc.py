@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from personae.continual.contract import Need, Parts, caption, draw_with, may_move
+from personae.continual.contract import Layers, Need, Parts, adapters, caption, draw_with, may_move
 from personae.continual.sequential_lora import rate_of_words
 from personae.core import Arrays, Client, Denoiser, Facts, Penalty, Plan, State, Task, device_of, stream
 from personae.errors import ConfigError
 from personae.objective.dc_score import calibrated, candidate_errors, cross_entropy, dc_errors, noise_bank
 from personae.objective.importance import squared_gradients
 from personae.objective.quadratic import quadratic
-from personae.personal.lora import Lora, is_lora
+from personae.personal.lora import is_lora
 
 IMPORTANCE = "importance."
 TEMPERATURE = "temperature"
@@ -40,7 +40,8 @@ class Ewc:
     scores' temperature, the scaling of each concept's importances to mean 1, and that the score is not trained on.
     """
 
-    lora: Lora = Lora(16, "cross_kv")
+    rank: int = 16
+    layers: Layers = "cross_kv"
     weight: float = 10.0
     dc_weight: float = 1.0
     decay: float = 1.0
@@ -50,7 +51,7 @@ class Ewc:
 
     @property
     def parts(self) -> Parts:
-        return Parts(lora=self.lora)
+        return adapters(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -107,7 +108,8 @@ class Ewc:
         """The plain noun, and some earlier concepts."""
         past = client.tasks[:-1]
         drawn = torch.randperm(len(past), generator=client.rng)[: self.candidates].tolist()
-        return [caption(client.task.noun), *(caption(self.said(past[at])) for at in drawn)]
+        concepts = (caption(past[at], self.said(past[at])) for at in drawn)
+        return [caption(client.task, client.task.noun), *concepts]
 
     def compose(self, model: Denoiser, kept: State, concepts: Sequence[str]) -> None:
         draw_with(model, kept)
@@ -127,7 +129,8 @@ def temperature(client: Client, kept: State, said: Callable[[Task], str]) -> flo
         return float(kept.facts[TEMPERATURE])
     model, params = client.model, client.model.params()
     model.load(model.initial(stream(0, "calibration")))
-    captions = [caption(said(client.task)), caption(client.task.noun), *client.given.prompts[:CLASSES]]
+    own = (caption(client.task, said(client.task)), caption(client.task, client.task.noun))
+    captions = [*own, *client.given.prompts[:CLASSES]]
     device = device_of(model)
     with torch.no_grad():
         x_0 = model.encode(client.data.train.floats().to(device))

@@ -1,35 +1,62 @@
-"""One concept, learned."""
+"""One concept, learned: stretches of training, after each of which it can be taken up again, and what survives."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from personae.continual.contract import Continual, load_kept
 from personae.core import Client, State, Training, everything, stream
 from personae.local.fit import fit
 
-
-@dataclass(frozen=True)
-class Learned:
-    """What survives, the mean training loss, and what it took."""
-
-    kept: State
-    loss: float
-    seconds: float
+LOSS = "loss"
+"""A stretch's mean training loss, among the facts of what it leaves."""
 
 
-def learn(method: Continual, training: Training, client: Client, kept: State, seed: int) -> Learned:
-    """Teach the concept that the client's tasks end with.
+def learn(
+    method: Continual,
+    training: Training,
+    client: Client,
+    kept: State,
+    seed: int,
+    *,
+    stretches: int = 1,
+    done: int = 0,
+    reached: State | None = None,
+    after: Callable[[int, State], None] = lambda number, state: None,
+) -> State:
+    """Teach the concept that the client's tasks end with, in `stretches` of `training`. Returns what survives.
 
-    What is new in the model starts from the seed, the client and the concept's name alone, so that a concept learned
-    later, or again after a stop, gets the same bits.
+    All draws come from the seed, the client, the concept and the stretch, so that a concept learned later, or taken up
+    after `done` stretches from what `after` was last told, ends in the same bits.
 
     Raises: ConfigError, Diverged.
     """
-    started = time.perf_counter()
-    load_kept(client.model, kept, stream(seed, client.name, "init", client.task.name))
+    for number in range(done, stretches):
+        reached = _stretch(method, training, client, kept, seed, number, reached)
+        after(number + 1, reached)
+    load_kept(client.model, kept, _draws(client, seed, "init"))
+    if reached is not None:
+        client.model.load(reached.params)
+    client.rng.set_state(_draws(client, seed, "end").get_state())
+    return method.end(client, kept)
+
+
+def _stretch(
+    method: Continual, training: Training, client: Client, kept: State, seed: int, number: int, reached: State | None
+) -> State:
+    """`begin` decides by draws that are the same in every stretch; those of training go on from one to the next."""
+    load_kept(client.model, kept, _draws(client, seed, "init"))
+    client.rng.set_state(_draws(client, seed, "begin").get_state())
     bent = replace(client, plan=method.begin(client, kept))
-    fitted = fit(bent, everything, training)
-    after = method.end(replace(client, plan=client.plan), kept)
-    return Learned(after, fitted.loss, time.perf_counter() - started)
+    if reached is not None:
+        client.model.load(reached.params)
+    client.rng.set_state(_draws(client, seed, "stretch", number).get_state())
+    fitted = fit(bent, everything, training, reached.extras if reached is not None else None)
+    return State(client.model.params(), fitted.moments, {LOSS: fitted.loss})
+
+
+def _draws(client: Client, seed: int, *keys: str | int) -> torch.Generator:
+    return stream(seed, client.name, client.task.name, *keys)

@@ -8,12 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from personae.continual.contract import Need, Parts, draw_with, may_move
+from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move
 from personae.continual.sequential_lora import rate_of_words
 from personae.core import Arrays, Client, Denoiser, Plan, State, Task
-from personae.errors import ConfigError
-from personae.personal.delta import Delta, absorbed, is_delta
-from personae.personal.lora import Lora, is_lora
+from personae.personal.delta import absorbed, is_delta
+from personae.personal.lora import is_lora
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,14 @@ class MergedLora:
     float32 beside the base, where theirs go into the weights. "larger" trains on the base with what is merged so far.
     """
 
-    lora: Lora = Lora(16, "cross_kv")
+    rank: int = 16
+    layers: Layers = "cross_kv"
     merge: Literal["sum", "larger"] = "sum"
     word_rate: float = 1.0
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.lora, delta_for(self.lora))
+        return adapters_and_changes(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -59,13 +59,3 @@ def larger(before: Arrays, after: Arrays) -> dict[str, Tensor]:
         was, added = before[name], after[name] - before[name]
         merged[name] = added.where(added.abs() >= was.abs(), was)
     return merged
-
-
-def delta_for(lora: Lora) -> Delta:
-    """Changes of the weights that have these adapters. Raises: ConfigError, where they cannot be added up."""
-    if lora.alpha is not None or lora.targets not in ("cross_kv", "self+cross"):
-        raise ConfigError(
-            f"lora: targets is {lora.targets!r} and alpha {lora.alpha}; adapters that go into changes of weights are "
-            "on cross_kv or self+cross, without an alpha"
-        )
-    return Delta(lora.targets)

@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from personae.continual.contract import Need, Parts, draw_with, may_move
-from personae.continual.merged_lora import delta_for
+from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move
 from personae.continual.sequential_lora import rate_of_words
 from personae.core import Client, Denoiser, Plan, State, Task, stream
 from personae.errors import ConfigError
 from personae.personal.delta import absorbed
-from personae.personal.lora import A, Lora, is_lora
+from personae.personal.lora import A, is_lora
+
+USED, ROOM = "used", "room"
+"""For how many concepts rows have been taken, and for how many there are some left."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,15 @@ class Orthogonal:
     independently, since here one knows those before; the paper's two tokens with an embedding per layer are one word.
     """
 
-    lora: Lora = Lora(4, "cross_kv")
+    rank: int = 4
+    layers: Layers = "cross_kv"
     factor: float = 1.0
     basis_seed: int = 0
     word_rate: float = 1.0
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.lora, delta_for(self.lora))
+        return adapters_and_changes(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -47,11 +50,11 @@ class Orthogonal:
 
     def begin(self, client: Client, kept: State) -> Plan:
         params = dict(client.model.params())
-        number = len(client.tasks) - 1
+        number = int(kept.facts.get(USED, 0))
         widths = {value.shape[1] for name, value in params.items() if name.endswith(A)}
-        if number >= (most := min(widths) // self.lora.rank):
+        if number >= (most := min(widths) // self.rank):
             raise ConfigError(
-                f"concept {client.task.name!r} is number {number + 1}, and with rank {self.lora.rank} there is room "
+                f"concept {client.task.name!r} is number {number + 1}, and with rank {self.rank} there is room "
                 f"for {most}: the narrowest layer reads {min(widths)} numbers; begin another run, with a lower rank"
             )
         facts = self._basis_facts(client)
@@ -61,14 +64,14 @@ class Orthogonal:
                 "makes another; go on where the run began"
             )
         for name in (name for name in params if name.endswith(A)):
-            params[name] = rows(self.basis_seed, params[name].shape[1], number, self.lora.rank)
+            params[name] = rows(self.basis_seed, params[name].shape[1], number, self.rank)
         client.model.load(params)
         return Plan(may_move(client.task, _is_b), rate=rate_of_words(self.word_rate))
 
     def end(self, client: Client, kept: State) -> State:
         widths = {value.shape[1] for name, value in client.model.live().items() if name.endswith(A)}
-        room = min(widths) // self.lora.rank - len(client.tasks)
-        facts = {**self._basis_facts(client), "room": room}
+        used = int(kept.facts.get(USED, 0)) + 1
+        facts = {**self._basis_facts(client), USED: used, ROOM: min(widths) // self.rank - used}
         return State(absorbed(client.model.params(), self.factor), facts=facts)
 
     def _basis_facts(self, client: Client) -> dict[str, int | float | str | bool]:

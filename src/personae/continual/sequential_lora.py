@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from personae.continual.contract import Need, Parts, draw_with, may_move
+from personae.continual.contract import Layers, Need, Parts, adapters, draw_with, may_move
 from personae.core import Client, Denoiser, Plan, State, Task
-from personae.personal.lora import Lora, is_lora
+from personae.personal.lora import is_lora
 from personae.personal.tokens import is_word
 
 
@@ -21,12 +21,13 @@ class SequentialLora:
     rates are the recipe's; the concept's word trains beside the adapter.
     """
 
-    lora: Lora = Lora(16, "cross_kv")
+    rank: int = 16
+    layers: Layers = "cross_kv"
     word_rate: float = 1.0
 
     @property
     def parts(self) -> Parts:
-        return Parts(lora=self.lora)
+        return adapters(self.rank, self.layers)
 
     @property
     def needs(self) -> frozenset[Need]:

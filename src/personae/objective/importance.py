@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from personae.core import Arrays
 from personae.errors import ConfigError
 
 
@@ -25,12 +26,18 @@ def squared_gradients(
     return _mean(parameters, draw, draws, lambda parameter, gradient: gradient.square())
 
 
-def first_order(parameters: Mapping[str, nn.Parameter], draw: Callable[[], Tensor], draws: int) -> dict[str, Tensor]:
+def first_order(
+    parameters: Mapping[str, nn.Parameter], draw: Callable[[], Tensor], draws: int, base: Arrays | None = None
+) -> dict[str, Tensor]:
     """E |w dL/dw|: how much the loss changes, to first order, when a weight is taken away.
+
+    With `base` the parameters are changes that are added to it, under their names, and w is the sum.
 
     Source: Molchanov et al. 2017, arXiv:1611.06440, for feature maps; here for single weights. Raises: ConfigError.
     """
-    return _mean(parameters, draw, draws, lambda parameter, gradient: (parameter.detach() * gradient).abs())
+    slopes = _mean(parameters, draw, draws, lambda parameter, gradient: gradient.abs())
+    weights = {name: p.detach() if base is None else base[name] + p.detach() for name, p in parameters.items()}
+    return {name: weights[name].abs() * slope for name, slope in slopes.items()}
 
 
 def _mean(

@@ -35,8 +35,9 @@ PATTERNS: Mapping[Targets, str] = {
 }
 """Which of the U-Net's layers, as full-match patterns: key, value, query and output of attention."""
 
-ORIGINAL, CHANGE = ".parametrizations.weight.original", ".parametrizations.weight.0.delta"
-"""How torch calls W and its change inside."""
+INSIDE = ".parametrizations.weight."
+ORIGINAL = f"{INSIDE}original"
+"""How torch calls W inside, and before what else it calls by a number: what is added to W."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,19 @@ def absorbed(params: Arrays, factor: float = 1.0) -> dict[str, Tensor]:
 
 def without_parts(name: str) -> str | None:
     """The bare model's name of a parameter of one that holds parts; None for a part's own."""
-    return None if name.endswith(CHANGE) else without_lora(name.replace(ORIGINAL, ".weight"))
+    bare = name.replace(ORIGINAL, ".weight")
+    return None if INSIDE in bare else without_lora(bare)
+
+
+def target_layers(networks: Mapping[str, nn.Module], targets: Targets, part: str) -> dict[str, Any]:
+    """The layers themselves, by their weights' names. Raises: ConfigError, which names the part, when there is none."""
+    layers: dict[str, Any] = {
+        UNET + name: layer for name, layer in networks[UNET].named_modules() if re.fullmatch(PATTERNS[targets], name)
+    }
+    if not layers:
+        raise ConfigError(f"{part}: {UNET.rstrip('.')} has no layer that targets {targets!r} names")
+    # Inside an adapter is the layer that it is on.
+    return {f"{name}.weight": getattr(layer, "base_layer", layer) for name, layer in layers.items()}
 
 
 class _Added(nn.Module):
@@ -92,18 +105,10 @@ class Deltas:
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], options: Delta) -> None:
-        pattern = PATTERNS[options.targets]
-        layers: dict[str, Any] = {
-            UNET + name: layer for name, layer in networks[UNET].named_modules() if re.fullmatch(pattern, name)
-        }
-        if not layers:
-            raise ConfigError(f"delta: {UNET.rstrip('.')} has no layer that targets {options.targets!r} names")
         self._changes: dict[str, _Added] = {}
-        for name, layer in layers.items():
-            bare = getattr(layer, "base_layer", layer)  # inside an adapter's
-            change = _Added(bare.weight)
-            parametrize.register_parametrization(bare, "weight", change)
-            self._changes[f"{name}.weight"] = change
+        for name, layer in target_layers(networks, options.targets, "delta").items():
+            self._changes[name] = _Added(layer.weight)
+            parametrize.register_parametrization(layer, "weight", self._changes[name])
 
     def live(self) -> dict[str, nn.Parameter]:
         return {DELTA + name: change.delta for name, change in self._changes.items()}

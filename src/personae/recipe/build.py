@@ -66,7 +66,7 @@ def build_clients(recipe: Recipe) -> Clients:
         label_names: tuple[str, ...] = ()
         spare: tuple[Images, ...] = ()
     else:
-        source, partition = _source(data), data.partition
+        source, partition = source_of(data), data.partition
         if data.new:
             raise ConfigError(
                 "data.new names clients of source 'clients'; here data.partition.num_new holds clients out"
@@ -155,7 +155,7 @@ def _is_needed(parameter: Parameter | None) -> bool:
     return parameter is not None and parameter.default is Parameter.empty
 
 
-def _source(data: Data) -> Source:
+def source_of(data: Data) -> Source:
     if data.source == "folder":
         return image_folder(
             Path(str(data.path)), size=int(data.size or 0), channels=data.channels, on_unreadable=data.on_unreadable
@@ -242,7 +242,7 @@ def sample_shape(recipe: Recipe) -> tuple[int, int, int]:
     data = recipe.data
     if data.source in ("clients", "folder"):
         return (data.channels, int(data.size or 0), int(data.size or 0))
-    channels, height, width = _source(data).images.pixels.shape[1:]
+    channels, height, width = source_of(data).images.pixels.shape[1:]
     return (channels, height, width)
 
 

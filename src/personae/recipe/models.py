@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from personae.backbone import unet
 from personae.backbone.schedule import schedule
@@ -25,6 +25,9 @@ else:
     Model = "UNetDenoiser | TextToImage"  # the second is slow to import, and most recipes have no use for it
 
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
 def is_text_to_image(folder: Path) -> bool:
     """True for a folder with a text encoder, as pipelines of Stable Diffusion's kind have one."""
     return (folder / "text_encoder").is_dir()
@@ -40,10 +43,11 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, ...]) -> Model:
             f"the backbone in {folder} draws {list(model.image_shape)}, the images are "
             f"{list(image_shape)} (channels, height, width); set data.size and data.channels"
         )
-    return _at(model, recipe.machine.device)
+    return at_device(model, recipe.machine.device)
 
 
-def _at(model: Model, device: str) -> Model:
+def at_device(model: AnyModel, device: str) -> AnyModel:
+    """Raises: ConfigError, when the device is not there."""
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, for a bad name and for what is not there
@@ -62,7 +66,7 @@ def draw_from_pipeline(
     from personae.backbone.pipeline import open_pipeline
 
     rng = stream(seed, "sample", prompt)
-    model = _at(open_pipeline(folder), device)
+    model = at_device(open_pipeline(folder), device)
     steps, guidance = 25 if steps is None else steps, 3.0 if guidance is None else guidance
     return draw(model, (prompt,) * num_images, rng, steps=steps, guidance=guidance)
 

@@ -11,6 +11,7 @@ from personae.study.embeddings import Embeddings
 from personae.study.handover import Handover
 from personae.study.imperfect_backbone import ImperfectBackbone
 from personae.study.leakage import Leakage
+from personae.study.learning import Learning
 from personae.study.mixing_weight import MixingWeight
 from personae.study.mixture_federation import MixtureFederation
 from personae.study.newcomers import Newcomers
@@ -27,6 +28,7 @@ STUDIES: Mapping[str, Any] = {
     "handover": Handover,
     "imperfect_backbone": ImperfectBackbone,
     "leakage": Leakage,
+    "learning": Learning,
     "mixing_weight": MixingWeight,
     "mixture_federation": MixtureFederation,
     "newcomers": Newcomers,

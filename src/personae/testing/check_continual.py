@@ -44,7 +44,7 @@ def nothing_else_survives(method: Continual, build: Build) -> None:
     one, kept = deepcopy(method), State()
     lasting = build(method.parts, TASKS)
     for count in range(1, len(TASKS) + 1):
-        kept = learn(one, TRAINING, _client(method, lasting, count), kept, SEED).kept
+        kept = learn(one, TRAINING, client_for(method, lasting, count), kept, SEED)
         kept = replace(kept, params=_without_words_to_come(kept, count))
     names = differing_states(kept, _taught(method, build, len(TASKS)))
     require(
@@ -59,9 +59,9 @@ def begin_may_be_called_again(method: Continual, build: Build) -> None:
     found = []
     for _ in range(2):
         load_kept(model, kept, stream(SEED, "again"))
-        method.begin(_client(method, model, 2), kept)
+        method.begin(client_for(method, model, 2), kept)
         found.append(model.params())
-    method.begin(_client(method, model, 2), kept)
+    method.begin(client_for(method, model, 2), kept)
     names = differing(found[0], found[1]) + differing(found[0], model.params())
     require(not names, "`begin` leaves the same when it is called again", f"{some(names)} differ")
 
@@ -71,7 +71,7 @@ def what_is_not_taught_stays(method: Continual, build: Build) -> None:
     for count in range(1, len(TASKS) + 1):
         model, before = build(method.parts, TASKS[:count]), cloned(kept)
         base = {name: value.clone() for name, value in model.base().items()}
-        after = learn(deepcopy(method), TRAINING, _client(method, model, count), kept, SEED).kept
+        after = learn(deepcopy(method), TRAINING, client_for(method, model, count), kept, SEED)
         require(
             not (names := differing(base, model.base())), "the frozen weights keep their bits", f"{some(names)} changed"
         )
@@ -106,17 +106,17 @@ def _taught(method: Continual, build: Build, count: int) -> State:
     kept = State()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(1, count + 1):
-            client = _client(method, build(method.parts, TASKS[:number]), number)
-            save_state(Path(folder) / "kept.safetensors", learn(deepcopy(method), TRAINING, client, kept, SEED).kept)
+            client = client_for(method, build(method.parts, TASKS[:number]), number)
+            save_state(Path(folder) / "kept.safetensors", learn(deepcopy(method), TRAINING, client, kept, SEED))
             kept = load_state(Path(folder) / "kept.safetensors")
     return kept
 
 
-def _client(method: Continual, model: Denoiser, count: int) -> Client:
+def client_for(method: Continual, model: Denoiser, count: int) -> Client:
     """In front of the concept of this number, from 1 on; with no other's images."""
     task = TASKS[count - 1]
-    images = _images(model, task.name, caption(method.said(task)))
-    given = Given(_images(model, f"prior {task.noun}", caption(task.noun)), ("a tree", "a cat", "a house"))
+    images = _images(model, task.name, caption(task, method.said(task)))
+    given = Given(_images(model, f"prior {task.noun}", caption(task, task.noun)), ("a tree", "a cat", "a house"))
     rng = stream(SEED, "own", task.name)
     return Client("own", ClientData(images, images), model, rng, tasks=TASKS[:count], given=given)
 

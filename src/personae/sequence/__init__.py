@@ -1,0 +1,1 @@
+"""Concept after concept: a model that somebody teaches, and comes back to."""

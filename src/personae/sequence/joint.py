@@ -1,0 +1,49 @@
+"""All concepts at once: what could be learned if nothing had to be kept apart. No method; a reference from above."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from personae.backbone.pipeline import open_pipeline
+from personae.backbone.shipped import model_folder
+from personae.continual.contract import Continual, caption, load_kept, words_of
+from personae.core import Client, ClientData, Plan, State, joined, stream
+from personae.local.fit import fit
+from personae.personal.delta import is_delta
+from personae.personal.lora import is_lora
+from personae.personal.tokens import Words
+from personae.recipe.models import at_device
+from personae.sequence.concepts import read_concept
+from personae.sequence.config import SequenceRecipe
+from personae.sequence.scores import loss_of, scores_of
+
+
+def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
+    """Train a method's parts, and all words, on all pictures mixed, as many steps as the sequence has in all.
+
+    Returns each concept's gain and the share of its held-out pictures that are taken for it, in the recipe's order.
+    """
+    torch.set_num_threads(recipe.machine.threads)
+    tasks = [recipe.task(concept) for concept in recipe.concepts]
+    words = Words(tuple(task.word for task in tasks), tuple(task.noun for task in tasks), recipe.num_vectors)
+    parts = method.parts
+    opened = open_pipeline(model_folder(recipe.model), lora=parts.lora, delta=parts.delta, words=words)
+    model = at_device(opened, recipe.machine.device)
+    data = [read_concept(concept, method, recipe, model.image_shape) for concept in recipe.concepts]
+    load_kept(model, State(), stream(recipe.seed, "joint", "init"))
+    before = [loss_of(model, recipe, each.heldout) for each in data]
+    everything = ClientData(joined([each.train for each in data]), joined([each.heldout for each in data]))
+    own = frozenset().union(*(words_of(task) for task in tasks))
+    plan = Plan(lambda name: name in own or is_lora(name) or (is_delta(name) and parts.lora is None))
+    how = replace(recipe.lesson.training, steps=recipe.lesson.training.steps * recipe.lesson.stretches * len(tasks))
+    fit(Client("joint", everything, model, stream(recipe.seed, "joint"), plan, tasks=tuple(tasks)), plan.may_move, how)
+    heldout = {task.name: each.heldout for task, each in zip(tasks, data, strict=True)}
+    scores = scores_of(model, recipe, heldout, {task.name: caption(task, method.said(task)) for task in tasks})
+    return {
+        "concepts": [task.name for task in tasks],
+        "gain": [was - scores[task.name]["loss"] for was, task in zip(before, tasks, strict=True)],
+        "right_in_the_end": [scores[t.name]["taken"][t.name] / sum(scores[t.name]["taken"].values()) for t in tasks],
+    }

@@ -1,0 +1,424 @@
+"""What a user does with a model that learns concept after concept: begin, teach, take up again, forget, draw.
+
+    config.toml          the recipe with every value filled in
+    environment.json     versions, platform, threads, commit
+    events.jsonl         one line per concept learned or forgotten: what, from where, figures, seconds
+    kept-NNN.safetensors all that survived event number NNN, and all that is there for the next one
+    lesson.safetensors   the lesson that is going on, after its last stretch
+    samples/             what was drawn of each concept when it was new
+    summary.json, report.html
+
+An event has happened when its line is written; whatever stops a run before loses the stretch that was going on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personae.artefact.run_folder import RunFolder
+from personae.artefact.save import (
+    digest,
+    explained,
+    json_text,
+    load_state,
+    read_json,
+    read_metadata,
+    save_state,
+    write_bytes,
+)
+from personae.backbone.pipeline import open_pipeline
+from personae.backbone.shipped import is_shipped, model_folder
+from personae.backbone.text2image import TextToImage
+from personae.continual import learn
+from personae.continual.contract import Continual, caption, load_kept, words_of
+from personae.core import Client, ClientData, Images, Round, State, Task, ignore, stream
+from personae.errors import ArtefactError, ConfigError, PersonaeError
+from personae.evaluate.grids import save_grid
+from personae.infer.sample import draw
+from personae.personal.tokens import Words, is_word
+from personae.recipe.config import check_fields, plain, read_table
+from personae.recipe.environment import keep_environment
+from personae.recipe.models import at_device
+from personae.recipe.schema import Data
+from personae.sequence.concepts import general_prompts, given, read_concept
+from personae.sequence.config import (
+    Concept,
+    SequenceRecipe,
+    is_sequence_table,
+    parse_sequence,
+    refuse_used,
+    sequence_toml,
+)
+from personae.sequence.report import write_sequence_report
+from personae.sequence.scores import drift_of, loss_of, scores_of
+
+Watch = Callable[[Round], None]
+
+CLIENT = "own"
+
+
+def run_sequence(
+    recipe: str | Path, out: str | Path | None = None, *, overrides: Sequence[str] = (), watch: Watch = ignore
+) -> SavedSequence:
+    """Teach all concepts of a recipe, in a folder of its own, `runs/<name>` by default.
+
+    Raises: ConfigError, DataError, ArtefactError (the folder exists).
+    """
+    plan, method = parse_sequence(*read_table(recipe, overrides))
+    return begin_sequence(plan, method, out).finish(watch)
+
+
+def begin_sequence(plan: SequenceRecipe, method: Continual, out: str | Path | None = None) -> SavedSequence:
+    """A folder in which nothing has been taught yet. Raises: ConfigError, ArtefactError."""
+    plan = _absolute(plan)
+    saved = SavedSequence(Path(out) if out is not None else Path("runs") / plan.name, plan, method)
+    opened = RunFolder(saved.folder)
+    opened.refuse_existing()
+    saved.check()
+    with explained(saved.folder, "creating"):
+        saved.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(saved.folder / "config.toml", sequence_toml(plan, method).encode())
+    return saved
+
+
+def is_sequence(folder: str | Path) -> bool:
+    with suppress(OSError, ValueError):
+        return is_sequence_table(tomllib.loads((Path(folder) / "config.toml").read_text("utf-8")))
+    return False
+
+
+def open_sequence(folder: str | Path, device: str | None = None) -> SavedSequence:
+    """Raises: ArtefactError, when the folder holds no such run."""
+    path = Path(folder)
+    if not is_sequence(path):
+        raise ArtefactError(
+            f"{path} holds no model that learns concept after concept; begin one with: personae learn {path} "
+            '--model MODEL --method NAME --concept NAME --data DIR --noun "dog"'
+        )
+    where = path / "config.toml"
+    plan, method = parse_sequence(tomllib.loads(where.read_text("utf-8")), str(where))
+    if device is not None:
+        plan = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device=device))
+    return SavedSequence(path, plan, method)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSequence:
+    """A model on disk that learns concept after concept."""
+
+    folder: Path
+    recipe: SequenceRecipe
+    method: Continual
+
+    # --- what has happened ------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """A line that was cut short by a kill is left out: it has not happened."""
+        path, found = self.folder / "events.jsonl", []
+        if path.is_file():
+            with explained(path, "reading"):
+                for line in path.read_text("utf-8", "replace").splitlines():
+                    with suppress(ValueError):
+                        found.append(json.loads(line))
+        return found
+
+    @property
+    def concepts(self) -> list[str]:
+        """Who can be drawn, in the order of learning."""
+        gone = {event["concept"] for event in self.events if event["event"] == "forget"}
+        return [e["concept"] for e in self.events if e["event"] == "learn" and e["concept"] not in gone]
+
+    @property
+    def tasks(self) -> list[Task]:
+        wording = self.recipe.wording
+        known = {e["concept"]: Task(e["concept"], e["word"], e["noun"], wording) for e in self.events if "word" in e}
+        return [known[name] for name in self.concepts]
+
+    @property
+    def kept(self) -> State:
+        """All that survived. Raises: ArtefactError."""
+        return load_state(self._kept(len(self.events))) if self.events else State()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(read_json(self.folder / "summary.json"))
+
+    # --- what a user does -------------------------------------------------------------------------------------------
+
+    def finish(self, watch: Watch = ignore) -> SavedSequence:
+        """Teach what the recipe lists and nobody has taught yet, then report."""
+        taught = {event["concept"] for event in self.events}
+        for concept in self.recipe.concepts:
+            if concept.name not in taught:
+                self.learn(concept, watch=watch)
+        self.report()
+        return self
+
+    def learn(self, concept: Concept, *, watch: Watch = ignore) -> dict[str, Any]:
+        """Teach one more concept. Returns its event. A lesson that was stopped is taken up where it was.
+
+        Raises: ConfigError, when the name has been used, or the model has no room; DataError, for the pictures;
+        ArtefactError, when the model is not the one that the run began with, or another lesson is unfinished.
+        """
+        refuse_used([event["concept"] for event in self.events], [concept.name])
+        concept = dataclasses.replace(concept, data=_absolute_data(concept.data))
+        lock = RunFolder(self.folder)
+        lock.hold()
+        try:
+            torch.set_num_threads(self.recipe.machine.threads)
+            machine = self.recipe.machine
+            task = self.recipe.task(concept)
+            model = self.model([*self.tasks, task])
+            data = read_concept(concept, self.method, self.recipe, model.image_shape)
+            model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
+            keep_environment(self.folder, machine.threads, machine.device)
+            started = time.perf_counter()
+            kept = self._taught(concept, task, data, model, watch)
+            seconds = time.perf_counter() - started
+            event = {
+                "event": "learn",
+                "concept": concept.name,
+                "word": task.word,
+                "noun": task.noun,
+                "data": plain(concept.data),
+                "images": digest(_arrays(data)),
+                "base": digest(model.base()),
+                "num_images": len(data.train),
+                "seconds": round(seconds, 3),
+                "bytes": kept.num_bytes(),
+                "facts": dict(kept.facts),
+                **self._figures(model, kept, [*self.tasks, task], data.heldout),
+            }
+            self._draw(model, kept, task, concept.name)
+            self._append(event, kept)
+        finally:
+            lock.release()
+        self.report()
+        return event
+
+    def forget(self, name: str) -> str:
+        """Remove a concept. Returns what could not be removed, in a sentence.
+
+        Raises: ConfigError, for an unknown concept.
+        """
+        if name not in self.concepts:
+            raise ConfigError(f"no concept is called {name!r} here; there are {', '.join(self.concepts) or 'none yet'}")
+        lock = RunFolder(self.folder)
+        lock.hold()
+        try:
+            task = next(task for task in self.tasks if task.name == name)
+            kept, own = self.kept, words_of(task)
+            params = {key: value for key, value in kept.params.items() if key not in own}
+            extras = {key: value for key, value in kept.extras.items() if f".{name}/" not in key}
+            removed = len(kept.params) - len(params) + len(kept.extras) - len(extras)
+            remains = self._remains(params)
+            after = State(params, extras, kept.facts)
+            event = {"event": "forget", "concept": name, "removed": removed, "remains": remains}
+            self._append(event | {"bytes": after.num_bytes()}, after)
+        finally:
+            lock.release()
+        self.report()
+        return remains
+
+    def sample(
+        self,
+        prompt: str,
+        num_images: int = 16,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Pictures of what a prompt says, uint8 [num_images, C, H, W]; concepts by their words, such as "a <rex>".
+
+        Raises: ConfigError, when the prompt says a word that nobody has taught, or is too long.
+        """
+        known = {task.word for task in self.tasks}
+        said = {piece for piece in _words_in(prompt) if piece not in known}
+        if said:
+            raise ConfigError(
+                f"{', '.join(sorted(said))}: nobody has taught that; words are {', '.join(sorted(known)) or 'none yet'}"
+            )
+        torch.set_num_threads(self.recipe.machine.threads)
+        model = self.model(self.tasks)
+        self.method.compose(model, self.kept, [task.name for task in self.tasks if task.word in prompt.lower()])
+        options = self.recipe.sampling
+        return draw(
+            model,
+            (prompt,) * num_images,
+            stream(seed, "sample", prompt),
+            steps=options.steps if steps is None else steps,
+            guidance=options.guidance if guidance is None else guidance,
+        )
+
+    def report(self) -> Path:
+        """Write summary.json and report.html from what the folder holds."""
+        return write_sequence_report(self.folder, self.recipe, self.method, self.events)
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def model(self, tasks: Sequence[Task]) -> TextToImage:
+        """With the method's parts and a word for each of these. Raises: ArtefactError, ConfigError."""
+        parts = self.method.parts
+        words = None
+        if tasks:
+            starts = tuple(task.noun for task in tasks)
+            words = Words(tuple(task.word for task in tasks), starts, self.recipe.num_vectors)
+        folder = model_folder(Path(self.recipe.model))
+        opened = open_pipeline(folder, lora=parts.lora, delta=parts.delta, neurons=parts.neurons, words=words)
+        model = at_device(opened, self.recipe.machine.device)
+        began = next((event["base"] for event in self.events if "base" in event), None)
+        if began is not None and began != digest(model.base()):
+            raise ArtefactError(
+                f"the weights in {folder} are not those that {self.folder} began with, and what was learned belongs to "
+                "these; put the former pipeline back, or begin a new run"
+            )
+        return model
+
+    def check(self) -> None:
+        """So that what does not go together is refused before there is a folder. Raises: ConfigError, ArtefactError,
+        DataError."""
+        model = self.model([self.recipe.task(concept) for concept in self.recipe.concepts])
+        for concept in self.recipe.concepts:
+            data = read_concept(concept, self.method, self.recipe, model.image_shape)
+            model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
+
+    def _taught(self, concept: Concept, task: Task, data: ClientData, model: TextToImage, watch: Watch) -> State:
+        lesson, path = self.recipe.lesson, self.folder / "lesson.safetensors"
+        done, reached = self._reached(path, concept, data)
+        given_ = given(self.method, self.recipe, task, model)
+        rng = stream(self.recipe.seed, "lesson")  # every stretch begins with draws of its own
+        client = Client(CLIENT, data, model, rng, tasks=(*self.tasks, task), given=given_)
+        started, number = time.perf_counter(), len(self.concepts) + 1
+        total = max(number, len(self.recipe.concepts))
+
+        def after(count: int, state: State) -> None:
+            save_state(path, state, kind="lesson", concept=concept.name, images=digest(_arrays(data)), done=str(count))
+            loss, seconds = float(state.facts.get("loss", float("nan"))), time.perf_counter() - started
+            ends = count == lesson.stretches
+            watch(Round("train", number, total, concept.name, count, lesson.stretches, loss, 0, 0, seconds, ends))
+
+        return learn(
+            self.method,
+            lesson.training,
+            client,
+            self.kept,
+            self.recipe.seed,
+            stretches=lesson.stretches,
+            done=done,
+            reached=reached,
+            after=after,
+        )
+
+    def _reached(self, path: Path, concept: Concept, data: ClientData) -> tuple[int, State | None]:
+        """How far a lesson on these pictures was. Another concept's is dropped: nothing of it was kept."""
+        if not path.is_file():
+            return 0, None
+        try:
+            about, state = read_metadata(path), load_state(path)
+        except PersonaeError:
+            return 0, None
+        if (about.get("concept"), about.get("images")) != (concept.name, digest(_arrays(data))):
+            return 0, None
+        return int(about["done"]), state
+
+    def _figures(self, model: TextToImage, kept: State, tasks: Sequence[Task], new: Images) -> dict[str, Any]:
+        """The row of every matrix that this moment gives, and how far the model has moved from the untaught one."""
+        nouns = frozenset(word for task in tasks for word in task.noun.split())
+        others = general_prompts(model, self.recipe, self.recipe.scoring.num_general, nouns)
+        drift = drift_of(model, kept, self.recipe, others)
+        load_kept(model, State(), stream(self.recipe.seed, "untaught"))
+        untaught = loss_of(model, self.recipe, new)
+        self.method.compose(model, kept, [task.name for task in tasks])
+        heldout = {**self._earlier(model), tasks[-1].name: new}
+        captions = {task.name: caption(task, self.method.said(task)) for task in tasks}
+        return {"drift": drift, "untaught": untaught, "scores": scores_of(model, self.recipe, heldout, captions)}
+
+    def _earlier(self, model: TextToImage) -> dict[str, Images]:
+        """Held-out pictures of earlier concepts, to measure on, of those whose pictures are where they were."""
+        found = {}
+        learned = {event["concept"]: event for event in self.events if event["event"] == "learn"}
+        for name in self.concepts:
+            event = learned[name]
+            concept = Concept(name, event["noun"], _data_of(event["data"]))
+            try:
+                data = read_concept(concept, self.method, self.recipe, model.image_shape)
+            except PersonaeError:
+                continue
+            if digest(_arrays(data)) == event["images"]:
+                found[name] = data.heldout
+        return found
+
+    def _draw(self, model: TextToImage, kept: State, task: Task, name: str) -> None:
+        """What the concept looks like now, and all others, in samples/<name>/<concept>.png."""
+        options, count = self.recipe.sampling, self.recipe.scoring.num_images
+        for each in [*self.tasks, task]:
+            said = (caption(each, self.method.said(each)),) * count
+            rng = stream(self.recipe.seed, "shown", each.name)
+            pictures = draw(model, said, rng, steps=options.steps, guidance=options.guidance)
+            folder = self.folder / "samples" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            save_grid(folder / f"{each.name}.png", pictures, columns=count)
+
+    def _append(self, event: Mapping[str, Any], kept: State) -> None:
+        """What was kept first: an event that has its line can be gone on from."""
+        number = len(self.events) + 1
+        save_state(self._kept(number), kept, kind="kept")
+        lines = "".join(json_text(line) + "\n" for line in [*self.events, event])
+        write_bytes(self.folder / "events.jsonl", lines.encode())
+        for stale in (self._kept(number - 1), self.folder / "lesson.safetensors"):
+            stale.unlink(missing_ok=True)
+
+    def _kept(self, number: int) -> Path:
+        return self.folder / f"kept-{number:03d}.safetensors"
+
+    def _remains(self, params: Mapping[str, Tensor]) -> str:
+        if all(map(is_word, params)):
+            return "Nothing of it remains: no other part had learned it."
+        return (
+            "Its word is gone. What it changed in weights that all concepts share cannot be taken out again: teach the "
+            "other concepts anew in another run, if it must be."
+        )
+
+
+def _words_in(prompt: str) -> list[str]:
+    """Everything that looks like a taught word."""
+    return re.findall(r"<[^<>\s]+>", prompt.lower())
+
+
+def _absolute(plan: SequenceRecipe) -> SequenceRecipe:
+    """Paths as they must stand in a run's folder: independent of where the command was called."""
+    model = plan.model if is_shipped(plan.model) else str(Path(plan.model).resolve())
+    concepts = tuple(dataclasses.replace(each, data=_absolute_data(each.data)) for each in plan.concepts)
+    return dataclasses.replace(plan, model=model, concepts=concepts)
+
+
+def _absolute_data(data: Data) -> Data:
+    return data if data.path is None else dataclasses.replace(data, path=str(Path(data.path).resolve()))
+
+
+def _data_of(table: Mapping[str, Any]) -> Data:
+    """As an event holds it."""
+    return typing.cast("Data", check_fields(Data, table, "data.", []))
+
+
+def _arrays(data: ClientData) -> dict[str, Tensor]:
+    """Pictures and captions, for a digest."""
+    arrays = {}
+    for part, images in (("train", data.train), ("heldout", data.heldout)):
+        arrays[part] = images.pixels
+        arrays[f"{part} captions"] = torch.frombuffer(bytearray("\0".join(images.captions).encode()), dtype=torch.uint8)
+    return arrays

@@ -1,0 +1,166 @@
+"""What the comparison of learners found: the table, how the average goes on, what is taken for what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from personae.evaluate.charts import chart
+from personae.evaluate.forgetting import forgetting
+from personae.evaluate.matrix_chart import matrix_chart
+from personae.study.stats import Interval, interval, paired
+from personae.study.study import Answer, Chart, Entry, Row, Table, where
+
+COLUMNS = (
+    "learner",
+    "rate",
+    "runs",
+    "average gain",
+    "learning",
+    "of the first's",
+    "forgetting",
+    "of the first's",
+    "backward",
+    "taken for itself",
+    "drift",
+    "bytes, after one",
+    "and each more",
+    "seconds a concept",
+)
+
+NOTE = (
+    "Gains are in held-out loss, below the untaught model's. Average: over all concepts after the last one. Learning: "
+    "of each concept when it was new. Forgetting: how far below its best before the last concept an earlier one ends, "
+    "mean over all but the last. Backward: that against when it was new. Drift: mean squared change of predictions "
+    "about other things. Bytes: all that is kept."
+)
+
+
+def answer(found: Sequence[Row], names: Sequence[str], best: Mapping[str, float | None]) -> Answer:
+    """`best` has the learning rate of each learner that has been chosen."""
+    rows = {n: where(found, stage="run", learner=n, rate=best[n]) for n in names if best[n] is not None}
+    if not rows or names[0] not in rows:
+        return Answer([f"{len(found)} runs so far; no learner's rate is chosen yet."])
+    figures = {name: [_of(row) for row in own] for name, own in rows.items()}
+    joint = [row for row in found if row["stage"] == "joint"]
+    findings, compared = _told(names[0], rows, figures)
+    tables = [_table(names[0], rows, figures, joint)]
+    charts = [Chart("averages", chart("averages", 6.4, 3.6, _curves(rows), "Average gain"), "Mean gain of all so far.")]
+    every = [gain for own in rows.values() for line in own[0]["gains"] for gain in line if gain is not None]
+    span = (min(every), max(every))
+    for name, own in rows.items():
+        drawing = matrix_chart(_key(name), name, own[0]["concepts"], own[0]["gains"], span=span, digits=3)
+        if drawing is not None:
+            charts.append(Chart(_key(name), drawing, f"{name}: gain on each concept after each concept."))
+    numbers = {
+        "figures": {name: [dict(one) for one in own] for name, own in figures.items()},
+        "against the first": compared,
+        "joint": [fmean(row["gain"]) for row in joint],
+    }
+    return Answer(findings, numbers, tables, charts)
+
+
+def _key(name: str) -> str:
+    return f"gains-{name.replace(' ', '-')}"
+
+
+def _of(row: Row) -> dict[str, Any]:
+    """One run's figures."""
+    found, last = forgetting(row["gains"]), row["right"][-1]
+    return {
+        "order": row["order"],
+        "seed": row["seed"],
+        "average": fmean(row["gains"][-1]),
+        "learning": found.learning,
+        "forgetting": found.forgetting,
+        "backward": found.backward_transfer,
+        "right": fmean(last),
+        "drift": row["drift"][-1],
+        "bytes": row["bytes"][0],
+        "more": (row["bytes"][-1] - row["bytes"][0]) / (len(row["bytes"]) - 1),
+        "seconds": fmean(row["lesson_seconds"]),
+    }
+
+
+def _told(
+    first: str, rows: Mapping[str, Sequence[Row]], figures: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[list[str], dict[str, Any]]:
+    """Sentences, and each learner's differences to the first, paired by order and seed."""
+    lost = interval([one["forgetting"] for one in figures[first]])
+    told = [f"{first} loses {_said(lost)} of an earlier concept's best gain, over {lost.num} runs."]
+    compared: dict[str, Any] = {}
+    by_run = {name: {(one["order"], one["seed"]): one for one in own} for name, own in figures.items()}
+    for name in list(figures)[1:]:
+        shared = [key for key in by_run[first] if key in by_run[name]]
+        if not shared:
+            continue
+        ours, theirs = ([by_run[who][key] for key in shared] for who in (name, first))
+        differences = {
+            what: vars(paired([one[what] for one in ours], [one[what] for one in theirs]))
+            for what in ("average", "learning", "forgetting")
+        }
+        ratios = {what: _ratio(ours, theirs, what) for what in ("learning", "forgetting")}
+        compared[name] = {"differences": differences, "ratios": ratios}
+        told.append(
+            f"{name}: forgets {ratios['forgetting']:.2f} x as much as {first}, learns {ratios['learning']:.2f} x as "
+            f"much; average gain {_said(Interval(**differences['average']))} above."
+        )
+    return told, compared
+
+
+def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], what: str) -> float:
+    return fmean(one[what] for one in ours) / fmean(one[what] for one in theirs)
+
+
+def _said(found: Interval) -> str:
+    return f"{found.mean:.4f}" + (f" ({found.low:.4f} to {found.high:.4f})" if found.num > 1 else "")
+
+
+def _table(
+    first: str,
+    rows: Mapping[str, Sequence[Row]],
+    figures: Mapping[str, Sequence[Mapping[str, Any]]],
+    joint: Sequence[Row],
+) -> Table:
+    lines: list[list[Entry]] = []
+    for name, own in figures.items():
+        mean = {key: fmean(one[key] for one in own) for key in own[0] if key not in ("order", "seed")}
+        lines.append(
+            [
+                name,
+                rows[name][0]["rate"],
+                len(own),
+                mean["average"],
+                mean["learning"],
+                _ratio(own, figures[first], "learning"),
+                mean["forgetting"],
+                _ratio(own, figures[first], "forgetting"),
+                mean["backward"],
+                mean["right"],
+                mean["drift"],
+                int(mean["bytes"]),
+                int(mean["more"]),
+                mean["seconds"],
+            ]
+        )
+    if joint:
+        gain, right = (fmean(fmean(row[key]) for row in joint) for key in ("gain", "right_in_the_end"))
+        lines.append(["all at once", joint[0]["rate"], len(joint), gain, *[None] * 5, right, *[None] * 4])
+    return Table("Learners", COLUMNS, lines, NOTE)
+
+
+def _curves(rows: Mapping[str, Sequence[Row]]) -> Any:
+    def draw(axes: Axes) -> None:
+        for number, (name, own) in enumerate(rows.items()):
+            count = len(own[0]["gains"])
+            means = [fmean(fmean(row["gains"][at][: at + 1]) for row in own) for at in range(count)]
+            axes.plot(
+                range(1, count + 1), means, label=name, marker="os^vDPX*<>hd"[number % 12], markersize=4, linewidth=1.2
+            )
+        axes.set(xlabel="concepts learned", title="Average gain over the concepts so far")
+        axes.legend(fontsize=7, ncols=2, frameon=False)
+
+    return draw

@@ -1,0 +1,188 @@
+"""A model that is taught, put away, taken up, and taught more."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from personae.artefact.save import load_state
+from personae.errors import ArtefactError, ConfigError, DataError
+from personae.recipe.schema import Data
+from personae.sequence.config import Concept, own_recipe, parse_sequence, sequence_toml
+from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
+from personae.testing.contract import differing_states
+
+RANK = "continual.rank=2"
+NOUNS = {"rex": "dog", "tom": "cat", "pip": "dog"}
+
+
+@pytest.fixture
+def concept(pictures):
+    return lambda name: Concept(name, NOUNS[name], Data("folder", path=str(pictures / name)))
+
+
+@pytest.fixture
+def begin(pipeline, small, tmp_path):
+    """A function from a method's name to a new run with it."""
+
+    def begun(method="sequential_lora", *overrides, folder="run"):
+        rank = () if method == "textual_inversion" else (RANK,)
+        return begin_sequence(*own_recipe(str(pipeline), method, "run", [*small, *rank, *overrides]), tmp_path / folder)
+
+    return begun
+
+
+def test_a_concept_after_another_and_all_in_one_run_end_in_the_same_bits(begin, concept, tmp_path, pictures):
+    one = begin()
+    for name in NOUNS:
+        open_sequence(one.folder).learn(concept(name))  # as somebody does who comes back
+    table = sequence_toml(one.recipe, one.method)
+    listed = "".join(
+        f'\n[[concepts]]\nname = "{n}"\nnoun = "{noun}"\ndata = {{ source = "folder", path = "{pictures / n}" }}\n'
+        for n, noun in NOUNS.items()
+    )
+    (tmp_path / "all.toml").write_text(table.replace("concepts = []\n", "") + listed)
+    whole = run_sequence(tmp_path / "all.toml", tmp_path / "whole")
+    assert differing_states(one.kept, whole.kept) == [] and one.concepts == whole.concepts == list(NOUNS)
+    assert [event["scores"] for event in one.events] == [event["scores"] for event in whole.events]
+    assert sorted(path.name for path in whole.folder.glob("*.safetensors")) == ["kept-003.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["ewc", "dreambooth"])
+def test_a_lesson_that_was_stopped_goes_on(begin, concept, method):
+    class Stopped(Exception):
+        pass
+
+    def stop(round):
+        raise Stopped
+
+    whole, stopped = begin(method, "lesson.stretches=3", folder="whole"), begin(method, "lesson.stretches=3")
+    for run in (whole, stopped):
+        run.learn(concept("rex"))
+    with pytest.raises(Stopped):
+        stopped.learn(concept("tom"), watch=stop)
+    assert stopped.concepts == ["rex"] and (stopped.folder / "lesson.safetensors").is_file()
+    seen = []
+    open_sequence(stopped.folder).learn(concept("tom"), watch=seen.append)
+    assert [round.clients_done for round in seen] == [2, 3], "the stretch that was done is not repeated"
+    whole.learn(concept("tom"))
+    assert differing_states(whole.kept, stopped.kept) == []
+    assert not (stopped.folder / "lesson.safetensors").exists()
+
+
+def test_what_was_measured(begin, concept):
+    run = begin("orthogonal")
+    for name in NOUNS:
+        run.learn(concept(name))
+    rows = [set(event["scores"]) for event in run.events]
+    assert rows == [{"rex"}, {"rex", "tom"}, {"rex", "tom", "pip"}], "the upper triangle is empty"
+    assert [event["facts"]["room"] for event in run.events] == [7, 6, 5]
+    assert all(sum(score["taken"].values()) == 1 for event in run.events for score in event["scores"].values())
+    assert all(event["drift"] > 0 for event in run.events)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["losses"][0][1:] == [None, None] and len(summary["losses"][2]) == 3
+    page = (run.folder / "report.html").read_text()
+    assert "after pip" in page and page.count("data:image/png") == 6
+
+
+def test_earlier_pictures_are_not_needed(begin, concept, pictures, tmp_path):
+    run = begin()
+    shutil.copytree(pictures / "rex", tmp_path / "gone")
+    run.learn(Concept("rex", "dog", Data("folder", path=str(tmp_path / "gone"))))
+    shutil.rmtree(tmp_path / "gone")
+    event = run.learn(concept("tom"))
+    assert set(event["scores"]) == {"tom"} and run.concepts == ["rex", "tom"]
+    assert "after tom" in (run.folder / "report.html").read_text()
+
+
+def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
+    words, adapter = begin("textual_inversion", folder="words"), begin("dsc", folder="adapter")
+    for run in (words, adapter):
+        run.learn(concept("rex"))
+        run.learn(concept("tom"))
+    assert "Nothing of it remains" in words.forget("rex")
+    assert set(words.kept.params) == {"tokens.<tom>"}
+    assert "cannot be taken out" in adapter.forget("rex")
+    left = adapter.kept
+    assert "tokens.<rex>" not in left.params and not any("rex" in name for name in left.extras)
+    assert adapter.concepts == ["tom"]
+    adapter.learn(concept("pip"))
+    assert adapter.concepts == ["tom", "pip"]
+    with pytest.raises(ConfigError, match="'rex' already"):
+        adapter.learn(concept("rex"))
+    with pytest.raises(ConfigError, match="no concept is called 'rex' here; there are tom, pip"):
+        adapter.forget("rex")
+    assert "rex was removed" in (adapter.folder / "report.html").read_text()
+
+
+def test_drawing(begin, concept):
+    run = begin()
+    run.learn(concept("rex"))
+    run.learn(concept("tom"))
+    both = run.sample("a <rex> left of a <tom>", 2)
+    assert both.shape == (2, 3, 8, 8) and both.dtype == torch.uint8
+    assert torch.equal(both, open_sequence(run.folder).sample("a <rex> left of a <tom>", 2))
+    with pytest.raises(ConfigError, match=r"<pip>: nobody has taught that; words are <rex>, <tom>"):
+        run.sample("a <pip>", 2)
+
+
+def test_a_model_that_is_another_one_now(begin, concept, pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "copy")
+    run = begin("sequential_lora", f"model={json.dumps(str(folder))}")
+    run.learn(concept("rex"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ArtefactError, match="are not those that"):
+        run.learn(concept("tom"))
+    assert run.concepts == ["rex"]
+
+
+def test_a_line_that_was_cut_short_has_not_happened(begin, concept):
+    run = begin()
+    run.learn(concept("rex"))
+    before = load_state(run.folder / "kept-001.safetensors")
+    with open(run.folder / "events.jsonl", "a") as file:
+        file.write('{"event": "learn", "conc')
+    again = open_sequence(run.folder)
+    assert again.concepts == ["rex"] and differing_states(again.kept, before) == []
+    again.learn(concept("tom"))
+    assert again.concepts == ["rex", "tom"]
+
+
+def test_what_cannot_be_taught(begin, concept, pictures, tmp_path):
+    run = begin()
+    run.learn(concept("rex"))
+    (tmp_path / "empty").mkdir()
+    for wrong, kind, message in (
+        (Concept("REX", "dog", concept("tom").data), ConfigError, "'REX' already"),
+        (Concept("new", "dog", Data("folder", path=str(tmp_path / "empty"))), DataError, "no image"),
+        (Concept("new", "dog", Data("folder", path=str(tmp_path / "absent"))), DataError, "absent"),
+        (Concept("new", "gryphon", concept("tom").data), ConfigError, "'gryphon' to start from is"),
+    ):
+        with pytest.raises(kind, match=message):
+            run.learn(wrong)
+    for name, noun, message in (("a b", "dog", "cannot be a concept's name"), ("new", " ", "has no noun")):
+        with pytest.raises(ConfigError, match=message):
+            Concept(name, noun, concept("tom").data)
+    assert run.concepts == ["rex"] and len(list(run.folder.glob("kept-*"))) == 1
+
+
+def test_recipes_are_read_whole(pipeline, small):
+    recipe, method = own_recipe(str(pipeline), "ewc", "run", [*small, "continual.weight=3"])
+    assert method.weight == 3 and parse_sequence(__import__("tomllib").loads(sequence_toml(recipe, method)), "x") == (
+        recipe,
+        method,
+    )
+    with pytest.raises(ConfigError, match=r"continual\.name: 'ewcc' is unknown; did you mean 'ewc'"):
+        own_recipe(str(pipeline), "ewcc", "run")
+    with pytest.raises(ConfigError, match=r"continual\.wait: unknown key"):
+        own_recipe(str(pipeline), "ewc", "run", ["continual.wait=3"])
+
+
+def test_a_folder_that_is_no_such_run(tmp_path):
+    with pytest.raises(ArtefactError, match="personae learn"):
+        open_sequence(tmp_path)
+    assert SavedSequence.__doc__
