@@ -3,7 +3,7 @@
 Every function gives a change of weights, to be added to the base's. Rows of weights do not depend on each other, so
 layers that read the same may stand on top of each other as one.
 
-Letters in shapes: `N` samples, `D` width of what a layer reads, `M` of what it gives, `P` pairs of a concept.
+Letters in shapes: `N` samples, `D` width of what a layer reads, `M` of what it gives, `_` so many of a concept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fused(pull: Float[Tensor, "M D"], total: Float[Tensor, "D D"], ridge: float 
 
 
 def constrained(
-    pairs: Sequence[tuple[Float[Tensor, "P D"], Float[Tensor, "P M"]]],
+    pairs: Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ M"]]],
     general: Float[Tensor, "D D"],
     ridge: float = RIDGE,
 ) -> Float64[Tensor, "M D"]:

@@ -23,8 +23,8 @@ PAIR = "pair."
 side by side in the order of their weights' names, are to change by so much."""
 
 CHANGE = "change"
-"""The norm of the merged change over that of the weights. It explodes where concepts are told in nearly the same words,
-and want other things."""
+"""The norm of the merged change over that of the weights. Above 1 is usual, in directions that other captions hardly
+have; it explodes where concepts are told in nearly the same words and want other things."""
 
 
 @dataclass(frozen=True)

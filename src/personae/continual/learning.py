@@ -34,28 +34,18 @@ def learn(
 
     Raises: ConfigError, Diverged.
     """
-    for number in range(done, stretches):
-        reached = _stretch(method, training, client, kept, seed, number, reached)
-        after(number + 1, reached)
-    load_kept(client.model, kept, _draws(client, seed, "init"))
-    if reached is not None:
-        client.model.load(reached.params)
-    client.rng.set_state(_draws(client, seed, "end").get_state())
-    return method.end(client, kept)
-
-
-def _stretch(
-    method: Continual, training: Training, client: Client, kept: State, seed: int, number: int, reached: State | None
-) -> State:
-    """`begin` decides by draws that are the same in every stretch; those of training go on from one to the next."""
     load_kept(client.model, kept, _draws(client, seed, "init"))
     client.rng.set_state(_draws(client, seed, "begin").get_state())
     bent = replace(client, plan=method.begin(client, kept))
     if reached is not None:
         client.model.load(reached.params)
-    client.rng.set_state(_draws(client, seed, "stretch", number).get_state())
-    fitted = fit(bent, everything, training, reached.extras if reached is not None else None)
-    return State(client.model.params(), fitted.moments, {LOSS: fitted.loss})
+    for number in range(done, stretches):
+        client.rng.set_state(_draws(client, seed, "stretch", number).get_state())
+        fitted = fit(bent, everything, training, reached.extras if reached is not None else None)
+        reached = State(client.model.params(), fitted.moments, {LOSS: fitted.loss})
+        after(number + 1, reached)
+    client.rng.set_state(_draws(client, seed, "end").get_state())
+    return method.end(client, kept)
 
 
 def _draws(client: Client, seed: int, *keys: str | int) -> torch.Generator:

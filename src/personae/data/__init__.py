@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from personae.data.emoji import emoji, scenes
+from personae.data.emoji import emoji, scenes, thing
 from personae.data.faces import faces
 from personae.data.folder import client_folders, image_folder
 from personae.data.identities import identity
@@ -18,6 +18,7 @@ SOURCES: Mapping[str, Callable[..., Source]] = {
     "emoji": emoji,
     "scenes": scenes,
     "identity": identity,
+    "thing": thing,
 }
 """By the name that a recipe uses."""
 
@@ -40,5 +41,6 @@ __all__ = [
     "mnist5k",
     "scenes",
     "split",
+    "thing",
     "unseen",
 ]

@@ -348,3 +348,44 @@ def _planned(lot: Sequence[int], styles: Sequence[str], names: Sequence[str], la
     phrases = dict(zip("abc", (pack().things[name].phrase for name in things), strict=False))
     said = wordings[lot[2] % len(wordings)].format(**phrases)
     return Scene(style, layout, things, _said(style, said, lot[3] % len(TEMPLATES)))
+
+
+# --- one thing -------------------------------------------------------------------------------------------------------
+
+
+def thing(thing: str, shots: int, wording: str | None = None) -> Source:
+    """Pictures of one named thing: alone in every seen style, then beside or above another one, in scenes of two.
+
+    The same at every call; the first do not depend on `shots`. Captions read "a cartoon drawing of a cow left of a
+    tree"; with a `wording` that stands for "a cow".
+
+    Shapes: pixels uint8 [shots, 3, 32, 32].
+    Raises: ConfigError, when the name is unknown or `shots` is below 1; DataError, when the pack is damaged.
+    """
+    whole = pack()
+    if thing not in whole.things or shots < 1:
+        raise ConfigError(
+            f"thing is {thing!r} and shots {shots}, expected one of personae.data.emoji.named('all'), and at least 1"
+        )
+    row = list(whole.things).index(thing)
+    alone = torch.stack([whole.pixels[style][row] for style in SEEN_STYLES])
+    called = wording or whole.things[thing].phrase
+    lots = torch.randint(2**40, (shots, 5), generator=stream(0, "emoji thing", thing)).tolist()
+    plans = [_beside(thing, called, lot) for lot in lots[len(SEEN_STYLES) :]]
+    pixels = torch.cat([alone, drawn_scenes(plans)]) if plans else alone
+    captions = (*(_said(style, called, 0) for style in SEEN_STYLES), *(plan.caption for plan in plans))
+    return Source(Images(pixels[:shots], captions=captions[:shots]))
+
+
+def _beside(thing: str, called: str, lot: Sequence[int]) -> Scene:
+    """`lot` are five large random numbers."""
+    layouts = [name for name, layout in LAYOUTS.items() if len(layout.places) == 2]
+    others = [name for name in scene_names() if name != thing]
+    style, layout, other = (
+        many[number % len(many)] for many, number in zip((SEEN_STYLES, layouts, others), lot, strict=False)
+    )
+    things = (thing, other) if lot[3] % 2 else (other, thing)
+    phrases = {thing: called, other: pack().things[other].phrase}
+    wordings = LAYOUTS[layout].wordings
+    said = wordings[lot[4] % len(wordings)].format(a=phrases[things[0]], b=phrases[things[1]])
+    return Scene(style, layout, things, _said(style, said, 0))

@@ -63,7 +63,8 @@ def fit_together(
     first client whose loss is not finite.
     """
     model, plan = clients[0].model, clients[0].plan
-    moving = {name: p for name, p in model.live().items() if train(name) and plan.may_move(name)}
+    wanted = {name: p for name, p in model.live().items() if train(name) and plan.may_move(name)}
+    moving = {name: p for name, p in wanted.items() if p.is_floating_point()}  # places of neurons are whole numbers
     _check(clients, moving)
     for name, parameter in model.live().items():
         parameter.requires_grad_(name in moving)

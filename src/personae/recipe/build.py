@@ -147,6 +147,7 @@ ARGUMENTS = {
     "told": ("told",),
     "style": ("style",),
     "person": ("person",),
+    "thing": ("thing",),
 }
 """What the functions of data sets call the keys of [data]."""
 

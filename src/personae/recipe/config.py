@@ -320,7 +320,7 @@ def _by_style(recipe: Recipe) -> list[str]:
     return problems
 
 
-ALONE = ("folder", "identity")
+ALONE = ("folder", "identity", "thing")
 """Sources that without a partition are the images of one client."""
 
 

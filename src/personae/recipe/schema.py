@@ -38,16 +38,19 @@ class Data:
     """Where the images come from.
 
     `source` is a named data set, "clients" (`path` holds one sub-folder of images per client) or "folder" (`path` holds
-    images, optionally in one sub-folder per label, and `partition` spreads them). Without a partition, "folder" and
-    "identity" are the images of one client, which is called `name`.
+    images, optionally in one sub-folder per label, and `partition` spreads them). Without a partition, "folder",
+    "identity" and "thing" are the images of one client, which is called `name`.
 
     `heldout` is the share of each client's images that is only measured on, `heldout_new` that of a new client's where
     it is another one. `pooled` trains on everybody's images in one place, as a reference. `caption` is said of images
-    that come without one, for models that read captions, and of "emoji" in place of their own. `styles` and `names` are
-    for "emoji" and "scenes", `told` for "emoji" alone, `style` and `person` for "identity".
+    that come without one, for models that read captions, and of "emoji" in place of their own; a "thing" is called so
+    in its captions. `styles` and `names` are for "emoji" and "scenes", `told` for "emoji" alone, `style` and `person`
+    for "identity", `thing`, a name, for "thing".
     """
 
-    source: Literal["digits", "mnist5k", "fashion", "faces", "emoji", "scenes", "identity", "clients", "folder"]
+    source: Literal[
+        "digits", "mnist5k", "fashion", "faces", "emoji", "scenes", "thing", "identity", "clients", "folder"
+    ]
     heldout: float = 0.2
     heldout_new: float | None = None
     path: str | None = None
@@ -65,6 +68,7 @@ class Data:
     told: bool | None = None
     style: str | None = None
     person: int | None = None
+    thing: str | None = None
 
 
 @dataclass(frozen=True)

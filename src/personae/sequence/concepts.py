@@ -28,7 +28,10 @@ def read_concept(
     channels, size, width = image_shape
     if size != width or channels != 3:
         raise ConfigError(f"pictures of {channels} x {size} x {width} are asked for, expected square ones in colour")
-    images = source_of(dataclasses.replace(concept.data, size=size)).images
+    data = dataclasses.replace(concept.data, size=size)
+    if data.source == "thing":  # one size, and captions that say the noun as a folder's do
+        data = dataclasses.replace(concept.data, caption=f"a {concept.noun}")
+    images = source_of(data).images
     if len(images) < 2:
         raise DataError(
             f"concept {concept.name!r} has {len(images)} pictures; at least 2 are needed, of which one is held out"

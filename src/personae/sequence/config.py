@@ -13,7 +13,7 @@ from personae.continual.contract import Continual
 from personae.core import CONCEPT, Task, Training
 from personae.engine.population import SAFE_NAME
 from personae.errors import ConfigError
-from personae.recipe.config import TITLE, change, check_fields, nearest, plain
+from personae.recipe.config import ALONE, TITLE, change, check_fields, nearest, plain
 from personae.recipe.schema import Data, Machine, Sampling
 
 METHOD = "continual"
@@ -24,7 +24,7 @@ METHOD = "continual"
 class Concept:
     """What is taught: a name, from which the word <name> is made, what it is one of, and its pictures.
 
-    `data` is of one of the sources that are one client's by themselves, "folder" and "identity".
+    `data` is of one of the sources that are one client's by themselves: "folder", "identity" or "thing".
     """
 
     name: str
@@ -36,9 +36,9 @@ class Concept:
             raise ConfigError(f"{self.name!r} cannot be a concept's name; use letters, digits, '.', '_' and '-'")
         if not self.noun.split():
             raise ConfigError(f'concept {self.name!r} has no noun; say what it is one of, such as "dog"')
-        if self.data.partition is not None or self.data.source not in ("folder", "identity"):
+        if self.data.partition is not None or self.data.source not in ALONE:
             raise ConfigError(
-                f"concept {self.name!r} has source {self.data.source!r}; expected folder or identity, undivided"
+                f"concept {self.name!r} has source {self.data.source!r}; expected one of {', '.join(ALONE)}, undivided"
             )
 
     @property

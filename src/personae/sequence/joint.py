@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 
-from personae.backbone.pipeline import open_pipeline
-from personae.backbone.shipped import model_folder
 from personae.continual.contract import Continual, caption, load_kept, words_of
 from personae.core import Client, ClientData, Plan, State, joined, stream
 from personae.local.fit import fit
 from personae.personal.delta import is_delta
 from personae.personal.lora import is_lora
-from personae.personal.tokens import Words
-from personae.recipe.models import at_device
 from personae.sequence.concepts import read_concept
 from personae.sequence.config import SequenceRecipe
+from personae.sequence.model import model_for
 from personae.sequence.scores import loss_of, scores_of
 
 
@@ -28,10 +25,7 @@ def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
     """
     torch.set_num_threads(recipe.machine.threads)
     tasks = [recipe.task(concept) for concept in recipe.concepts]
-    words = Words(tuple(task.word for task in tasks), tuple(task.noun for task in tasks), recipe.num_vectors)
-    parts = method.parts
-    opened = open_pipeline(model_folder(recipe.model), lora=parts.lora, delta=parts.delta, words=words)
-    model = at_device(opened, recipe.machine.device)
+    model, parts = model_for(recipe, method, tasks), method.parts
     data = [read_concept(concept, method, recipe, model.image_shape) for concept in recipe.concepts]
     load_kept(model, State(), stream(recipe.seed, "joint", "init"))
     before = [loss_of(model, recipe, each.heldout) for each in data]

@@ -38,8 +38,7 @@ from personae.artefact.save import (
     save_state,
     write_bytes,
 )
-from personae.backbone.pipeline import open_pipeline
-from personae.backbone.shipped import is_shipped, model_folder
+from personae.backbone.shipped import is_shipped
 from personae.backbone.text2image import TextToImage
 from personae.continual import learn
 from personae.continual.contract import Continual, caption, load_kept, words_of
@@ -47,10 +46,9 @@ from personae.core import Client, ClientData, Images, Round, State, Task, ignore
 from personae.errors import ArtefactError, ConfigError, PersonaeError
 from personae.evaluate.grids import save_grid
 from personae.infer.sample import draw
-from personae.personal.tokens import Words, is_word
+from personae.personal.tokens import is_word
 from personae.recipe.config import check_fields, plain, read_table
 from personae.recipe.environment import keep_environment
-from personae.recipe.models import at_device
 from personae.recipe.schema import Data
 from personae.sequence.concepts import general_prompts, given, read_concept
 from personae.sequence.config import (
@@ -61,6 +59,7 @@ from personae.sequence.config import (
     refuse_used,
     sequence_toml,
 )
+from personae.sequence.model import model_for
 from personae.sequence.report import write_sequence_report
 from personae.sequence.scores import drift_of, loss_of, scores_of
 
@@ -272,19 +271,12 @@ class SavedSequence:
 
     def model(self, tasks: Sequence[Task]) -> TextToImage:
         """With the method's parts and a word for each of these. Raises: ArtefactError, ConfigError."""
-        parts = self.method.parts
-        words = None
-        if tasks:
-            starts = tuple(task.noun for task in tasks)
-            words = Words(tuple(task.word for task in tasks), starts, self.recipe.num_vectors)
-        folder = model_folder(Path(self.recipe.model))
-        opened = open_pipeline(folder, lora=parts.lora, delta=parts.delta, neurons=parts.neurons, words=words)
-        model = at_device(opened, self.recipe.machine.device)
+        model = model_for(self.recipe, self.method, tasks)
         began = next((event["base"] for event in self.events if "base" in event), None)
         if began is not None and began != digest(model.base()):
             raise ArtefactError(
-                f"the weights in {folder} are not those that {self.folder} began with, and what was learned belongs to "
-                "these; put the former pipeline back, or begin a new run"
+                f"the weights in {self.recipe.model} are not those that {self.folder} began with, and what was learned "
+                "belongs to these; put the former pipeline back, or begin a new run"
             )
         return model
 
