@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from personae import errors
+from personae.continual import CONTINUAL
 from personae.core import Method, Training
 from personae.methods import METHODS
 from personae.recipe.config import TITLE, WRAPPERS
 from personae.recipe.schema import Recipe
+from personae.sequence.config import Concept, Lesson, Scoring, SequenceRecipe
 from personae.study.config import StudyMachine, StudyRecipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -44,6 +46,11 @@ KINDS = {
     **METHODS,
     **{f"[wrap.{name}]": kind for name, kind in WRAPPERS.items()},
     "[method.training], [method.adapt], [method.tail], [method.words]": Training,
+    "Concept after concept": SequenceRecipe,
+    "[[concepts]]": Concept,
+    "[lesson]": Lesson,
+    "[scoring]": Scoring,
+    **{name: kind for name, kind in CONTINUAL.items() if dataclasses.fields(kind)},
     "Studies": StudyRecipe,
     "[machine] of a study": StudyMachine,
 }

@@ -1,0 +1,83 @@
+"""Learners side by side, on the smallest model."""
+
+import pytest
+
+from personae.errors import ConfigError
+from personae.study.learning import Learner, Learning
+from personae.study.learning_report import answer
+
+LEARNERS = (Learner("first", "sequential_lora", (0.1, 0.2)), Learner("second", "ewc", (0.1,)))
+
+
+def row(learner, rate, gains, order=0, seed=0):
+    return {
+        "stage": "run",
+        "learner": learner,
+        "rate": rate,
+        "order": order,
+        "seed": seed,
+        "concepts": ["a", "b", "c"],
+        "gains": gains,
+        "right": [[1.0, None, None], [0.5, 1.0, None], [0.5, 0.75, 1.0]],
+        "taken": {},
+        "drift": [0.1, 0.2, 0.3],
+        "bytes": [100, 110, 120],
+        "lesson_seconds": [1.0, 2.0, 3.0],
+        "run": "runs/x",
+    }
+
+
+FORGETS = [[0.4, None, None], [0.1, 0.5, None], [0.0, 0.1, 0.6]]
+KEEPS = [[0.4, None, None], [0.4, 0.4, None], [0.3, 0.4, 0.5]]
+
+
+@pytest.fixture
+def study():
+    return Learning("continual/sequential_lora", LEARNERS, seeds=(0, 1), orders=2)
+
+
+def test_rates_are_tried_once_and_the_best_goes_on(study):
+    first = study.cells([])
+    assert [(cell["learner"], cell["rate"]) for cell in first] == [("first", 0.1), ("first", 0.2), ("second", 0.1)]
+    found = [row("first", 0.1, FORGETS), row("first", 0.2, KEEPS), row("second", 0.1, KEEPS)]
+    assert study.cells(found[:2]) == first
+    cells = study.cells(found)
+    assert list(cells[:3]) == list(first) and len(cells) == 3 + 3 * 2 + 2
+    assert {cell["rate"] for cell in cells[3:] if cell["learner"] == "first"} == {0.2}
+    assert [cell["rate"] for cell in cells if cell["stage"] == "joint"] == [0.2, 0.2]
+
+
+def test_the_answer_in_numbers():
+    found = [row("first", 0.1, FORGETS), row("second", 0.1, KEEPS)]
+    told = answer(found, ["first", "second"], {"first": 0.1, "second": 0.1})
+    # first: best before the last 0.4 and 0.5, in the end 0 and 0.1; second: 0.4 and 0.4, then 0.3 and 0.4
+    figures = {name: own[0] for name, own in told.numbers["figures"].items()}
+    assert figures["first"]["forgetting"] == pytest.approx(0.4)
+    assert figures["second"]["forgetting"] == pytest.approx(0.05)
+    assert figures["first"]["learning"] == pytest.approx(0.5)
+    assert figures["first"]["average"] == pytest.approx(0.7 / 3)
+    assert figures["first"]["right"] == pytest.approx(0.75) and figures["first"]["more"] == 10
+    ratios = told.numbers["against the first"]["second"]["ratios"]
+    assert ratios == pytest.approx({"learning": 1.3 / 1.5, "forgetting": 0.125})
+    assert [line[0] for line in told.tables[0].rows] == ["first", "second"]
+    assert len(told.charts) == 3 and len(told.findings) == 2
+
+
+def test_an_unfinished_study_says_so():
+    assert "no learner's rate is chosen yet" in answer([], ["first"], {"first": None}).findings[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learners": ()}, "learners are"),
+        ({"learners": LEARNERS[:1] * 2}, "a name of its own"),
+        ({"learners": (Learner("joint", "ewc", (0.1,)),)}, "none 'joint'"),
+        ({"learners": (Learner("x", "ewc", ()),)}, "rates are"),
+        ({"learners": (Learner("x", "ewcc", (0.1,)),)}, "did you mean 'ewc'"),
+        ({"orders": 0}, "at least 1"),
+    ],
+)
+def test_what_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Learning(**{"recipe": "continual/sequential_lora", "learners": LEARNERS, **change})
