@@ -40,7 +40,7 @@ def learn(
     elif model is None or method is None:
         raise ConfigError(f"{run} is new; say --model, such as tiny-t2i, and --method, such as ewc")
     else:
-        saved = begin_sequence(*own_recipe(model, method, run.name, overrides or ()), run)
+        saved = begin_sequence(*own_recipe(model, method, run.name, overrides or ()), run, [taught])
     again = f"personae learn {run} --concept {concept} --data {data} --noun {noun!r}"
     with Progress(run, again, quiet=as_json) as watch:
         event = saved.learn(taught, watch=watch)

@@ -79,13 +79,18 @@ def run_sequence(
     return begin_sequence(plan, method, out).finish(watch)
 
 
-def begin_sequence(plan: SequenceRecipe, method: Continual, out: str | Path | None = None) -> SavedSequence:
-    """A folder in which nothing has been taught yet. Raises: ConfigError, ArtefactError."""
+def begin_sequence(
+    plan: SequenceRecipe, method: Continual, out: str | Path | None = None, first: Sequence[Concept] = ()
+) -> SavedSequence:
+    """A folder in which nothing has been taught yet. What is to be taught `first` is looked at before there is one.
+
+    Raises: ConfigError, ArtefactError, DataError.
+    """
     plan = _absolute(plan)
     saved = SavedSequence(Path(out) if out is not None else Path("runs") / plan.name, plan, method)
     opened = RunFolder(saved.folder)
     opened.refuse_existing()
-    saved.check()
+    saved.check([*plan.concepts, *first])
     with explained(saved.folder, "creating"):
         saved.folder.mkdir(parents=True, exist_ok=True)
     write_bytes(saved.folder / "config.toml", sequence_toml(plan, method).encode())
@@ -280,11 +285,11 @@ class SavedSequence:
             )
         return model
 
-    def check(self) -> None:
-        """So that what does not go together is refused before there is a folder. Raises: ConfigError, ArtefactError,
+    def check(self, concepts: Sequence[Concept]) -> None:
+        """So that what cannot be taught is refused before there is a folder. Raises: ConfigError, ArtefactError,
         DataError."""
-        model = self.model([self.recipe.task(concept) for concept in self.recipe.concepts])
-        for concept in self.recipe.concepts:
+        model = self.model([self.recipe.task(concept) for concept in concepts])
+        for concept in concepts:
             data = read_concept(concept, self.method, self.recipe, model.image_shape)
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
 

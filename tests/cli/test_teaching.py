@@ -1,0 +1,78 @@
+"""personae learn and forget, and what other commands say of a model that is taught."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from personae.testing.tiny_pipeline import tiny_pipeline
+
+SMALL = (
+    *("lesson.stretches=1", "lesson.training.steps=2", "lesson.training.batch_size=2", "continual.rank=2"),
+    *("scoring.loss_grid=2", "scoring.loss_draws=1", "scoring.draws=2", "scoring.num_images=2"),
+    *("scoring.num_general=2", "sampling.steps=2", "machine.threads=1"),
+)
+SETTINGS = [part for override in SMALL for part in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline") / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for concept in ("rex", "tom"):
+        (tmp_path / "photos" / concept).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng((ord(concept[0]), number)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / concept / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_two_concepts_and_one_of_them_forgotten(command, pipeline, pictures, tmp_path):
+    run = tmp_path / "pets"
+    new = ("--model", pipeline, "--method", "sequential_lora", *SETTINGS)
+
+    code, out, error = command("learn", run, "--concept", "rex", "--data", pictures / "rex", "--noun", "dog", *new)
+    assert code == 0, error
+    assert "rex: 3 pictures" in out and f'next: personae sample {run} --prompt "a <rex>"' in out
+    assert "(rex)" not in error and "round 1/1" in error
+
+    code, out, error = command("learn", run, "--concept", "tom", "--data", pictures / "tom", "--noun", "cat", "--json")
+    assert code == 0, error
+    assert set(json.loads(out)["scores"]) == {"rex", "tom"}
+
+    assert command("resume", run)[0] == 0, "there is nothing left to do"
+    assert command("report", run)[1] == f"wrote {run / 'report.html'}\n"
+    code, out, _ = command("sample", run, "--prompt", "a <rex> left of a <tom>", "-n", 2)
+    assert code == 0 and f"to {run / 'samples' / 'drawn-0'}" in out
+    assert len(list((run / "samples" / "drawn-0").glob("000*.png"))) == 2
+
+    code, out, _ = command("forget", run, "--concept", "rex")
+    assert code == 0 and "cannot be taken out again" in out and "concepts now: tom" in out
+    code, out, error = command("sample", run, "--prompt", "a <rex>", "--out", tmp_path / "drawn")
+    assert code == 2 and "<rex>: nobody has taught that; words are <tom>" in error
+
+
+def test_bad_input(command, pipeline, pictures, tmp_path):
+    run = tmp_path / "pets"
+    own = ("learn", run, "--concept", "rex", "--data", pictures / "rex", "--noun", "dog")
+    for arguments, expected, message in (
+        (own, 2, "is new; say --model"),
+        ((*own, "--model", pipeline, "--method", "ewcc"), 2, "did you mean 'ewc'"),
+        ((*own, "--model", tmp_path, "--method", "ewc"), 5, "is not a text-to-image pipeline"),
+        ((*own[:-1], "gryphon", "--model", pipeline, "--method", "ewc"), 2, "'gryphon' to start from"),
+        ((*own[:5], tmp_path / "absent", *own[6:], "--model", pipeline, "--method", "ewc"), 3, "absent"),
+        (("forget", tmp_path, "--concept", "rex"), 5, "holds no model that learns"),
+    ):
+        code, _, error = command(*arguments)
+        assert (code, message in error) == (expected, True), error
+    assert command(*own, "--model", pipeline, "--method", "sequential_lora", *SETTINGS)[0] == 0
+    code, _, error = command(*own, "--model", pipeline)
+    assert code == 2 and "leave out --model" in error
+    code, _, error = command(*own)
+    assert code == 2 and "a concept is called 'rex' already" in error
+    code, _, error = command("sample", run, "--client", "own", "--prompt", "a <rex>")
+    assert code == 2 and "leave out --client" in error
