@@ -56,16 +56,23 @@ def test_the_commands_run_as_they_stand(tmp_path, photos, tiny, monkeypatch, com
     spoken = [words for words in commands() if "flower" not in words]  # its processes take a minute: tests/slow
     assert [words[0] for words in spoken] == [
         "run", "resume", "personalize", "sample", "export", "evaluate", "inspect", "doctor",
-        "personalize", "sample", "sample", "export", "import", "inspect", "run", "deploy", "bench",
+        "personalize", "sample", "sample", "export", "import", "inspect",
+        "learn", "learn", "sample", "forget", "run", "deploy", "bench",
     ]  # fmt: skip
     tiny_pipeline(tmp_path / "sd-folder")
     shutil.copytree(photos, tmp_path / "photos" / "rex")
+    shutil.copytree(photos, tmp_path / "photos" / "tom")
+    lesson = (
+        *("lesson.stretches=1", "lesson.training.steps=2", "continual.draws=2", "num_prompts=4", "sampling.steps=2"),
+        *("scoring.num_images=2", "scoring.num_general=2", "scoring.draws=2", "scoring.loss_draws=1"),
+    )
     little = ("rounds=2", "method.training.steps=2", "sampling.steps=2", "evaluation.num_images=2")
     for words in spoken:
         if words[0] == "import":
             shutil.copy(tmp_path / "rex-lora" / "pytorch_lora_weights.safetensors", tmp_path / "other.safetensors")
         chosen = [o for o in tiny if words[1:2] == ["quickstart"] or ("partition" not in o and "cohort" not in o)]
         chosen = {"run": chosen, "personalize": little if "sd-folder" in words else ()}.get(words[0], ())
+        chosen = lesson if words[0] == "learn" and "--model" in words else chosen
         more = [part for override in chosen for part in ("--set", override)]
         code, _, error = command(*words, *more)
         assert code == 0, f"personae {shlex.join(words)}: {error}"

@@ -23,6 +23,8 @@ COMMANDS = [
     "run",
     "resume",
     "personalize",
+    "learn",
+    "forget",
     "sample",
     "serve",
     "evaluate",

@@ -49,6 +49,10 @@ def test_two_concepts_and_one_of_them_forgotten(command, pipeline, pictures, tmp
     code, out, _ = command("sample", run, "--prompt", "a <rex> left of a <tom>", "-n", 2)
     assert code == 0 and f"to {run / 'samples' / 'drawn-0'}" in out
     assert len(list((run / "samples" / "drawn-0").glob("000*.png"))) == 2
+    placed = ["--region", "0,0,0.5,1: a <rex>", "--region", "0.5,0,1,1: a <tom>"]
+    drawn = ("sample", run, "--prompt", "a <rex> left of a <tom>", "-n", 1, "--seed", 1, "--json")
+    code, out, error = command(*drawn, *placed)
+    assert code == 0 and json.loads(out)["regions"] == placed[1::2], error
 
     code, out, _ = command("forget", run, "--concept", "rex")
     assert code == 0 and "cannot be taken out again" in out and "concepts now: tom" in out
@@ -74,5 +78,10 @@ def test_bad_input(command, pipeline, pictures, tmp_path):
     assert code == 2 and "leave out --model" in error
     code, _, error = command(*own)
     assert code == 2 and "a concept is called 'rex' already" in error
+    drawn = ("--prompt", "a <rex>", "--out", tmp_path / "drawn")
+    code, _, error = command("sample", run, *drawn, "--region", "0,0,2,1: a <rex>")
+    assert code == 2 and "is outside the picture" in error and not (tmp_path / "drawn").exists()
+    code, _, error = command("sample", pipeline, *drawn, "--region", "0,0,1,1: a <rex>")
+    assert code == 2 and f"that personae learn has taught, and {pipeline} is none" in error
     code, _, error = command("sample", run, "--client", "own", "--prompt", "a <rex>")
     assert code == 2 and "leave out --client" in error

@@ -7,10 +7,21 @@ import pytest
 
 import personae
 from personae.errors import ConfigError
-from personae.recipe.config import find_recipe, load_recipe, method_name, parse, recipe_folders, to_table, to_toml
+from personae.recipe.config import (
+    find_recipe,
+    load_recipe,
+    method_name,
+    parse,
+    read_table,
+    recipe_folders,
+    to_table,
+    to_toml,
+)
+from personae.sequence.config import parse_sequence, sequence_toml
 
 RECIPES = sorted(path for folder in recipe_folders() for path in folder.rglob("*.toml"))
-SHIPPED = [path for path in RECIPES if "\nstudy = " not in path.read_text("utf-8")]
+SEQUENCES = [path for path in RECIPES if "\n[continual]\n" in path.read_text("utf-8")]
+SHIPPED = [path for path in RECIPES if "\nstudy = " not in path.read_text("utf-8") and path not in SEQUENCES]
 
 
 def problems(*overrides, recipe="quickstart"):
@@ -175,6 +186,14 @@ def test_every_shipped_recipe_survives_being_written_and_read(path):
     recipe = load_recipe(path)
     assert parse(to_table(recipe), "table") == recipe
     assert parse(tomllib.loads(to_toml(recipe)), "text") == recipe
+
+
+@pytest.mark.parametrize("path", SEQUENCES, ids=lambda path: path.stem)
+def test_every_sequence_survives_being_written_and_read(path):
+    recipe, method = parse_sequence(*read_table(path))
+    assert parse_sequence(tomllib.loads(sequence_toml(recipe, method)), "text") == (recipe, method)
+    with pytest.raises(ConfigError, match="teaches concept after concept"):
+        load_recipe(path)
 
 
 def test_wrappers_survive_in_their_order():

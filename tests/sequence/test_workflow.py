@@ -8,6 +8,7 @@ import torch
 
 from personae.artefact.save import load_state
 from personae.errors import ArtefactError, ConfigError, DataError
+from personae.infer.regions import Region
 from personae.recipe.schema import Data
 from personae.sequence.config import Concept, own_recipe, parse_sequence, sequence_toml
 from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
@@ -125,6 +126,27 @@ def test_drawing(begin, concept):
     assert torch.equal(both, open_sequence(run.folder).sample("a <rex> left of a <tom>", 2))
     with pytest.raises(ConfigError, match=r"<pip>: nobody has taught that; words are <rex>, <tom>"):
         run.sample("a <pip>", 2)
+
+
+def test_drawing_concepts_at_their_places(begin, concept, monkeypatch):
+    run, composed = begin(), []
+    run.learn(concept("rex"))
+    run.learn(concept("tom"))
+    compose = type(run.method).compose
+
+    def noted(method, model, kept, concepts):
+        composed.append(concepts)
+        compose(method, model, kept, concepts)
+
+    monkeypatch.setattr(type(run.method), "compose", noted)
+    left, right = Region((0.0, 0.0, 0.5, 1.0), "a <Rex>"), Region((0.5, 0.0, 1.0, 1.0), "a <tom>")
+    plain, placed, turned = (run.sample("a dog", 2, regions=each) for each in ((), (left, right), (right,)))
+    assert composed == [[], ["rex", "tom"], ["tom"]], "what a region says is made ready as what the prompt says"
+    assert torch.equal(plain, run.sample("a dog", 2))
+    assert placed.shape == plain.shape and not torch.equal(placed, plain) and not torch.equal(placed, turned)
+    assert torch.equal(placed, open_sequence(run.folder).sample("a dog", 2, regions=(left, right)))
+    with pytest.raises(ConfigError, match=r"<pip>: nobody has taught that; words are <rex>, <tom>"):
+        run.sample("a dog", 2, regions=(left, Region((0.0, 0.0, 1.0, 1.0), "a <pip>")))
 
 
 def test_a_model_that_is_another_one_now(begin, concept, pipeline, tmp_path):

@@ -24,9 +24,20 @@ STUDY = Pretraining(
     2,
     Training(2, 1e-3, 4, optimizer="adamw", condition_dropout=0.1),
     2,
+    Training(2, 5e-4, 4, optimizer="adamw", condition_dropout=0.1),
+    2,
     num_scenes=4,
     copies=1,
 )
+
+
+CELLS = [
+    {"stage": "autoencoder", "stretch": 0},
+    {"stage": "autoencoder", "stretch": 1},
+    {"stage": "latents"},
+    {"stage": "denoiser", "stretch": 0},
+    {"stage": "denoiser", "stretch": 1},
+]
 
 
 @pytest.fixture
@@ -55,7 +66,18 @@ def test_nothing_that_is_held_out_is_learned_from():
 def test_from_nothing_to_a_pipeline(few, tmp_path):
     rows = measured(tmp_path)
     assert [row["stage"] for row in rows] == [
-        *("autoencoder", "autoencoder", "latents", "decoder", "decoder", "denoiser", "denoiser", "model")
+        *(
+            "autoencoder",
+            "autoencoder",
+            "latents",
+            "decoder",
+            "decoder",
+            "denoiser",
+            "denoiser",
+            "refining",
+            "refining",
+            "model",
+        )
     ]
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -63,7 +85,7 @@ def test_from_nothing_to_a_pipeline(few, tmp_path):
     assert rows[-1]["bytes"] < 20e6
     captions = json.loads((tmp_path / "pictures" / "grid.json").read_text("utf-8"))["captions"]
     assert len(captions) == 4 * pretraining.SHOWN
-    average = pretraining._split(load_state(tmp_path / "parts" / "denoiser-001.safetensors").extras)[1]
+    average = pretraining._split(load_state(tmp_path / "parts" / "refining-001.safetensors").extras)[1]
     saved = open_pipeline(tmp_path / "model", everything).params()
     assert all(torch.equal(saved[name], value) for name, value in average.items() if name.startswith("text_encoder."))
     assert all(torch.equal(saved[name], value.half().float()) for name, value in average.items() if name[:5] == "unet.")
@@ -78,9 +100,8 @@ def test_from_nothing_to_a_pipeline(few, tmp_path):
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
 
     answer = STUDY.answer(rows)
-    assert {chart.name for chart in answer.charts} == {"autoencoder", "decoder", "denoiser"} and len(
-        answer.pictures
-    ) == 2
+    assert {chart.name for chart in answer.charts} == {"autoencoder", "decoder", "denoiser", "refining"}
+    assert len(answer.pictures) == 2
     assert answer.numbers["denoiser_loss"] == rows[6]["loss"]
     assert STUDY.answer(rows[:1]).numbers == {
         "autoencoder_loss": rows[0]["loss"],
@@ -97,6 +118,28 @@ def test_a_stretch_measured_again_gives_the_same(few, tmp_path):
     after = load_state(last)
     assert all(torch.equal(value, after.params[name]) for name, value in before.params.items())
     assert all(torch.equal(value, after.extras[name]) for name, value in before.extras.items())
+
+
+def test_common_things_and_scenes_are_refined_from_where_the_denoiser_ended(monkeypatch, tmp_path):
+    """Of twelve pictures eight are of the last kinds."""
+    whole = STUDY.pictures(0)
+    some = Images(whole.pixels[-12:], captions=tuple(f"a {number}" for number in range(12)))
+    monkeypatch.setattr(pretraining, "_pictures", lambda *_: some)
+    monkeypatch.setattr(pretraining, "scene_names", lambda: ("one thing",))
+    study = dataclasses.replace(STUDY, num_scenes=2, common_copies=2)
+    for cell in (row for stage in ("autoencoder", "latents", "denoiser") for row in CELLS if row["stage"] == stage):
+        study.measure(cell, 0, tmp_path)
+    seen, ended = [], load_state(tmp_path / "parts" / "denoiser-001.safetensors")
+
+    def noticed(client, *arguments):
+        seen.append((client.data.train.captions, client.model.params()))
+        return fit(client, *arguments)
+
+    monkeypatch.setattr(pretraining, "fit", noticed)
+    study.measure({"stage": "refining", "stretch": 0}, 0, tmp_path)
+    ((captions, params),) = seen
+    assert captions == tuple(f"a {number}" for number in range(4, 12))
+    assert all(torch.equal(value, params[name]) for name, value in ended.params.items())
 
 
 def test_the_rate_falls_and_old_stretches_go(few, tmp_path):

@@ -60,9 +60,8 @@ def run(
 ) -> None:
     """Train a recipe, personalize every client, measure, and write a report; or measure all that a study asks for."""
     from personae.cli.progress import Progress
-    from personae.recipe.config import STUDY, parse, read_table
+    from personae.recipe.config import SEQUENCE, STUDY, parse, read_table
     from personae.recipe.workflow import run as train
-    from personae.sequence.config import is_sequence_table
 
     chosen = [f"engine={engine}"] if engine is not None else []
     table, where = read_table(recipe, [*(overrides or ()), *chosen])
@@ -74,7 +73,7 @@ def run(
             study = run_study(recipe, folder, overrides=[*(overrides or ()), *chosen], watch=watch)
         print_measured(study, as_json)
         return
-    if is_sequence_table(table):
+    if SEQUENCE in table:
         from personae.sequence.workflow import run_sequence
 
         folder = out if out is not None else Path("runs") / str(table.get("name"))

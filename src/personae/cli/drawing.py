@@ -18,6 +18,10 @@ def sample(
     ],
     client: Annotated[str | None, typer.Option(help="Of a run: whose personal model draws.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw, for models that read text.")] = None,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option("--region", metavar="BOX:CAPTION", help='After learn: "0,0,0.5,1: a <rex>", the left half.'),
+    ] = None,
     num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many images.")] = 16,
     out: Annotated[
         Path | None, typer.Option(help="A new folder for them; RUN/samples/<client>-<seed> when left out.")
@@ -26,7 +30,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampler steps; the run's, or 25.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How far to follow; the run's, or 3.")] = None,
     device: Annotated[str | None, typer.Option(help="Where; the run's, or cpu.")] = None,
-    server: Annotated[str | None, typer.Option(help="Address of one that begins; token in PERSONAE_TOKEN.")] = None,
+    server: Annotated[str | None, typer.Option(help="Address to begin at; token in PERSONAE_TOKEN.")] = None,
     server_steps: Annotated[float | None, typer.Option(help="Its share of the steps; 0.3.")] = None,
     authority: Annotated[Path | None, typer.Option(help="Certificate to trust it by.")] = None,
     as_json: Json = False,
@@ -34,6 +38,7 @@ def sample(
     """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
     from personae.errors import ArtefactError, ConfigError
     from personae.evaluate.grids import save_grid
+    from personae.infer.regions import parsed
     from personae.recipe.models import draw_from_pipeline, is_text_to_image
     from personae.recipe.workflow import open_run
     from personae.sequence.workflow import is_sequence, open_sequence
@@ -48,6 +53,9 @@ def sample(
         raise ConfigError(f"{run} has learned concepts of one client; say --prompt, and leave out --client")
     if not (plain or taught) and client is None:
         raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
+    if regions and not taught:
+        raise ConfigError(f"--region is for models that personae learn has taught, and {run} is none; leave it out")
+    boxes = [parsed(region) for region in regions or ()]
     folder = out or run / "samples" / (f"drawn-{seed}" if taught else f"{client}-{seed}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another --out or --seed")
@@ -57,7 +65,9 @@ def sample(
         share = 0.3 if server_steps is None else server_steps
         images = _with_server(run, client, prompt, server, share, authority, num_images, seed, steps, guidance, device)
     elif taught:
-        images = open_sequence(run, device).sample(str(prompt), num_images, seed=seed, steps=steps, guidance=guidance)
+        images = open_sequence(run, device).sample(
+            str(prompt), num_images, seed=seed, steps=steps, guidance=guidance, regions=boxes
+        )
     elif plain:
         images = draw_from_pipeline(lies, str(prompt), num_images, seed, steps, guidance, device or "cpu")
     else:
@@ -70,7 +80,13 @@ def sample(
     save_grid(folder / "grid.png", images, columns=8)
     print_found(
         as_json,
-        {"client": client, **({"prompt": prompt} if prompt else {}), "num_images": num_images, "folder": str(folder)},
+        {
+            "client": client,
+            **({"prompt": prompt} if prompt else {}),
+            **({"regions": regions} if regions else {}),
+            "num_images": num_images,
+            "folder": str(folder),
+        },
         [f"wrote {num_images} images and grid.png to {folder}"],
     )
 

@@ -32,6 +32,9 @@ WRAPPERS: Mapping[str, type] = {"poisoned": Poisoned, **OF_METHODS}
 STUDY = "study"
 """The key that tells a study from a run."""
 
+SEQUENCE = "continual"
+"""The table that tells a recipe of concept after concept from others."""
+
 TITLE = "title"
 """A sentence for people, allowed in every recipe and carried along unread."""
 
@@ -86,6 +89,8 @@ def parse(table: Mapping[str, Any], where: str) -> Recipe:
     """From a table as TOML gives it. Raises: ConfigError, naming every problem in `where`."""
     if STUDY in table:
         raise ConfigError(f"{where} is a study, which trains no single model; personae run, resume and report take it")
+    if SEQUENCE in table:
+        raise ConfigError(f"{where} teaches concept after concept; personae run, resume, learn and report take it")
     table = {key: value for key, value in table.items() if key != TITLE}
     problems: list[str] = []
     method = _method(table.pop("method", None), table.pop("wrap", {}), problems)

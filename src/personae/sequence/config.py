@@ -13,11 +13,11 @@ from personae.continual.contract import Continual
 from personae.core import CONCEPT, Task, Training
 from personae.engine.population import SAFE_NAME
 from personae.errors import ConfigError
-from personae.recipe.config import ALONE, TITLE, change, check_fields, nearest, plain
+from personae.recipe.config import ALONE, SEQUENCE, TITLE, change, check_fields, nearest, plain
 from personae.recipe.schema import Data, Machine, Sampling
 
-METHOD = "continual"
-"""The table that tells such a recipe from others; its `name` is a key of CONTINUAL."""
+METHOD = SEQUENCE
+"""The table of the method; its `name` is a key of CONTINUAL."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,6 @@ def refuse_used(known: Sequence[str], names: Sequence[str]) -> None:
         if name.lower() in seen:
             raise ConfigError(f"a concept is called {name!r} already; choose another name: its word is known")
         seen.add(name.lower())
-
-
-def is_sequence_table(table: Mapping[str, Any]) -> bool:
-    return METHOD in table
 
 
 def parse_sequence(table: Mapping[str, Any], where: str) -> tuple[SequenceRecipe, Continual]:

@@ -45,16 +45,16 @@ from personae.continual.contract import Continual, caption, load_kept, words_of
 from personae.core import Client, ClientData, Images, Round, State, Task, ignore, stream
 from personae.errors import ArtefactError, ConfigError, PersonaeError
 from personae.evaluate.grids import save_grid
+from personae.infer.regions import InRegions, Region
 from personae.infer.sample import draw
 from personae.personal.tokens import is_word
-from personae.recipe.config import check_fields, plain, read_table
+from personae.recipe.config import SEQUENCE, check_fields, plain, read_table
 from personae.recipe.environment import keep_environment
 from personae.recipe.schema import Data
 from personae.sequence.concepts import general_prompts, given, read_concept
 from personae.sequence.config import (
     Concept,
     SequenceRecipe,
-    is_sequence_table,
     parse_sequence,
     refuse_used,
     sequence_toml,
@@ -99,7 +99,7 @@ def begin_sequence(
 
 def is_sequence(folder: str | Path) -> bool:
     with suppress(OSError, ValueError):
-        return is_sequence_table(tomllib.loads((Path(folder) / "config.toml").read_text("utf-8")))
+        return SEQUENCE in tomllib.loads((Path(folder) / "config.toml").read_text("utf-8"))
     return False
 
 
@@ -245,23 +245,26 @@ class SavedSequence:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        regions: Sequence[Region] = (),
     ) -> Tensor:
         """Pictures of what a prompt says, uint8 [num_images, C, H, W]; concepts by their words, such as "a <rex>".
+        Regions start from the same noise as the prompt alone.
 
-        Raises: ConfigError, when the prompt says a word that nobody has taught, or is too long.
+        Raises: ConfigError, when a prompt or region says a word that nobody has taught, or is too long.
         """
+        says = " ".join([prompt, *(region.caption for region in regions)]).lower()
         known = {task.word for task in self.tasks}
-        said = {piece for piece in _words_in(prompt) if piece not in known}
+        said = {piece for piece in _words_in(says) if piece not in known}
         if said:
             raise ConfigError(
                 f"{', '.join(sorted(said))}: nobody has taught that; words are {', '.join(sorted(known)) or 'none yet'}"
             )
         torch.set_num_threads(self.recipe.machine.threads)
         model = self.model(self.tasks)
-        self.method.compose(model, self.kept, [task.name for task in self.tasks if task.word in prompt.lower()])
+        self.method.compose(model, self.kept, [task.name for task in self.tasks if task.word in says])
         options = self.recipe.sampling
         return draw(
-            model,
+            InRegions(model, regions),
             (prompt,) * num_images,
             stream(seed, "sample", prompt),
             steps=options.steps if steps is None else steps,

@@ -2,8 +2,8 @@
 
 "autoencoder": so many stretches of training on pictures. "latents": all pictures through it, once. "decoder": so many
 more of its second half alone, which leaves latents as they are. "denoiser": so many stretches on latents and captions.
-"model": the pipeline's folder. Each stretch begins with what the one before it left,
-and a stopped study goes on at its next stretch.
+"refining": so many more on common things and scenes alone. "model": the pipeline's folder. Each stretch begins with
+what the one before it left, and a stopped study goes on at its next stretch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Pretraining:
-    """`autoencoder`, `decoder` and `denoiser` say how a stretch trains; learning rates fall from stretch to stretch.
+    """`autoencoder`, `decoder`, `denoiser` and `refining` say how a stretch trains; in each of them learning rates fall
+    from stretch to stretch.
 
     `num_scenes` scenes are among the pictures, beside every seen name in every seen style, `copies` times with other
     words; the common things that scenes are made of come `common_copies` times more. `ema` is the decay of the average
@@ -58,6 +59,8 @@ class Pretraining:
     decoder_stretches: int
     denoiser: Training
     denoiser_stretches: int
+    refining: Training
+    refining_stretches: int
     num_scenes: int = 10_000
     copies: int = 4
     common_copies: int = 20
@@ -68,15 +71,24 @@ class Pretraining:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ConfigError(f"size is {self.size!r}, expected one of {', '.join(SIZES)}")
-        stretches = (self.autoencoder_stretches, self.decoder_stretches, self.denoiser_stretches)
+        stretches = (
+            self.autoencoder_stretches,
+            self.decoder_stretches,
+            self.denoiser_stretches,
+            self.refining_stretches,
+        )
         if min(*stretches, self.num_scenes, self.copies) < 1:
             raise ConfigError("stretches, num_scenes and copies are to be at least 1")
         if self.common_copies < 0:
             raise ConfigError(f"common_copies is {self.common_copies}, expected 0 or more")
-        if any(how.warmup_steps or how.decay != "constant" for how in (self.autoencoder, self.decoder, self.denoiser)):
+        if any(how.warmup_steps or how.decay != "constant" for how in self.stages().values()):
             raise ConfigError("warmup_steps and decay are left out here: the rates fall from stretch to stretch")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, expected 0 to below 1")
+
+    def stages(self) -> dict[str, Training]:
+        """Those that are made of stretches."""
+        return {stage: getattr(self, stage) for stage in ("autoencoder", "decoder", "denoiser", "refining")}
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         whole: list[dict[str, Any]] = [
@@ -84,6 +96,7 @@ class Pretraining:
             {"stage": "latents"},
             *({"stage": "decoder", "stretch": number} for number in range(self.decoder_stretches)),
             *({"stage": "denoiser", "stretch": number} for number in range(self.denoiser_stretches)),
+            *({"stage": "refining", "stretch": number} for number in range(self.refining_stretches)),
             {"stage": "model"},
         ]
         return whole[: len(found) + 1]  # one after the other: each begins with what the one before it left
@@ -98,6 +111,8 @@ class Pretraining:
             return self._decoder(int(cell["stretch"]), seed, folder)
         if cell["stage"] == "denoiser":
             return self._denoiser(int(cell["stretch"]), seed, folder)
+        if cell["stage"] == "refining":
+            return self._refining(int(cell["stretch"]), seed, folder)
         return self._model(seed, folder)
 
     # --- the stages ------------------------------------------------------------------------------------------------
@@ -137,33 +152,48 @@ class Pretraining:
         return {"loss": learned.loss, "error": learned.error}
 
     def _denoiser(self, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
-        model, latents = self._encoded(seed, folder)
         began = _before(folder, "denoiser", number)
+        how = _slower(self.denoiser, number, self.denoiser_stretches)
+        return self._stretch("denoiser", number, how, began, 0, seed, folder)
+
+    def _refining(self, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
+        """From where the denoiser's last stretch ended, on the pictures that come last: common things and scenes."""
+        last = load_state(_part(folder, "denoiser", self.denoiser_stretches - 1))
+        began = _before(folder, "refining", number) or last
+        how = _slower(self.refining, number, self.refining_stretches)
+        common = self.common_copies * len(SEEN_STYLES) * len(scene_names())
+        return self._stretch("refining", number, how, began, -(common + self.num_scenes), seed, folder)
+
+    def _stretch(
+        self, stage: str, number: int, how: Training, began: State | None, first: int, seed: int, folder: Path
+    ) -> Mapping[str, Any]:
+        """On the pictures from the place `first` on."""
+        model, latents = self._encoded(seed, folder)
         moments: Arrays = {}
         average = dict(model.params())
         if began is not None:
             model.load(began.params)
             moments, average = _split(began.extras)
-        data = Images(latents, captions=self.pictures(seed).captions)
-        client = Client("pretraining", ClientData(data, data), model, stream(seed, "denoiser", number))
-        how = _slower(self.denoiser, number, self.denoiser_stretches)
+        data = Images(latents[first:], captions=self.pictures(seed).captions[first:])
+        client = Client("pretraining", ClientData(data, data), model, stream(seed, stage, number))
+        before = number * how.steps + (self.denoiser_stretches * self.denoiser.steps if stage == "refining" else 0)
         losses = []
         for done in range(0, how.steps, CHUNK):
             steps = min(CHUNK, how.steps - done)
             fitted = fit(client, everything, dataclasses.replace(how, steps=steps), moments)
             losses += [fitted.loss] * steps
-            moments, chunks = fitted.moments, (number * how.steps + done) // CHUNK
+            moments, chunks = fitted.moments, (before + done) // CHUNK
             decay = min(self.ema, chunks / (chunks + 10))  # the first ones count less: nobody wants the random start
             for name, value in model.live().items():
                 average[name] = average[name].lerp(value.detach(), 1 - decay)
         extras = {**moments, **{f"average.{name}": value for name, value in average.items()}}
-        save_state(_part(folder, "denoiser", number), State(model.params(), extras))
+        save_state(_part(folder, stage, number), State(model.params(), extras))
         return {"loss": math.fsum(losses) / len(losses)}
 
     def _model(self, seed: int, folder: Path) -> Mapping[str, Any]:
         model, _ = self._encoded(seed, folder)
         model.vae.load_state_dict(dict(load_state(_part(folder, "decoder", self.decoder_stretches - 1)).params))
-        _, average = _split(load_state(_part(folder, "denoiser", self.denoiser_stretches - 1)).extras)
+        _, average = _split(load_state(_part(folder, "refining", self.refining_stretches - 1)).extras)
         model.load(average)
         if not (folder / "model").exists():
             save_pipeline(model, folder / "model", torch.float16)
@@ -208,8 +238,7 @@ class Pretraining:
 
     def answer(self, found: Sequence[Row]) -> Answer:
         findings, charts, pictures, numbers = [], [], [], dict[str, Any]()
-        stages = {"autoencoder": self.autoencoder, "decoder": self.decoder, "denoiser": self.denoiser}
-        for stage, steps in ((stage, how.steps) for stage, how in stages.items()):
+        for stage, steps in ((stage, how.steps) for stage, how in self.stages().items()):
             if rows := where(found, stage=stage):
                 losses = [row["loss"] for row in rows]
                 numbers[f"{stage}_loss"] = losses[-1]
