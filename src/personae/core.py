@@ -388,7 +388,7 @@ class Client:
 
     `beside` are others that personalize in the same batch, each from its own data and generator; `model` then holds a
     row for each of `together`. Where concepts arrive one after the other, `tasks` are those so far, the present one
-    last, and `data` is of that one alone.
+    last, and `data` is of that one alone; `ends_task` says that it is learned in this round for the last time.
     """
 
     name: str
@@ -399,6 +399,7 @@ class Client:
     beside: tuple[Client, ...] = ()
     tasks: tuple[Task, ...] = ()
     given: Given = Given()
+    ends_task: bool = False
 
     @property
     def together(self) -> tuple[Client, ...]:

@@ -11,6 +11,7 @@ from personae.continual.learning import learn
 from personae.continual.merged_lora import MergedLora
 from personae.continual.mix_of_show import MixOfShow
 from personae.continual.orthogonal import Orthogonal
+from personae.continual.over_tasks import OverTasks
 from personae.continual.sequential_lora import SequentialLora
 from personae.continual.textual_inversion import TextualInversion
 
@@ -41,6 +42,7 @@ __all__ = [
     "MergedLora",
     "MixOfShow",
     "Orthogonal",
+    "OverTasks",
     "Parts",
     "SequentialLora",
     "TextualInversion",

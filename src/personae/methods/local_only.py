@@ -54,7 +54,8 @@ class LocalOnly:
         return State(client.model.params())
 
     def _fit(self, client: Client, how: Training, moments: Arrays | None = None) -> Fitted:
-        bent = replace(client, plan=replace(client.plan, rate=self._rate))
+        rate = client.plan.rate
+        bent = replace(client, plan=replace(client.plan, rate=lambda name: rate(name) * self._rate(name)))
         return fit(bent, everything, how, moments)
 
     def _rate(self, name: str) -> float:
