@@ -57,6 +57,8 @@ class Dice:
     def measure(self, cell, seed, folder):
         time.sleep(self.pause)
         if cell["throw"] == self.fails_at:
+            while len((folder / "cells.jsonl").read_text("utf-8").splitlines()) < self.fails_at:
+                time.sleep(0.01)  # another process may still be at a throw before this one
             raise DataError("the die fell off the table")
         if cell["throw"] == self.dies_at:
             os._exit(9)
@@ -143,7 +145,8 @@ def test_what_was_measured_before_an_error_is_kept(recipe, tmp_path, workers):
     with pytest.raises(DataError, match="fell off the table"):
         run_study(recipe, tmp_path / "out", overrides=["settings.fails_at=2", f"machine.workers={workers}"])
     kept = [row["throw"] for row in open_study(tmp_path / "out").rows]
-    assert kept == [0, 1] if workers == 1 else (kept[0] == 0 and 2 not in kept)  # two at a time: others may be done too
+    assert kept[:2] == [0, 1] and 2 not in kept
+    assert workers == 2 or len(kept) == 2  # two at a time: others may be done too
 
 
 def test_a_process_that_is_killed_is_explained_and_the_study_goes_on(recipe, tmp_path):

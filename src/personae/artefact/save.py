@@ -89,6 +89,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; none where there is no file. A line that was cut short by a kill is left out."""
+    found = []
+    if path.is_file():
+        with explained(path, "reading"):
+            lines = path.read_text("utf-8", "replace").splitlines()
+        for line in lines:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `json_text` atomically. Raises: ArtefactError."""
     write_bytes(path, (json_text(value, indent=2) + "\n").encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import Parameter, signature
 from pathlib import Path
@@ -127,6 +127,21 @@ def split_client(name: str, images: Images, heldout: float, seed: int) -> Client
         return split(images, heldout, stream(seed, "split", name))
     except DataError as error:
         raise DataError(f"client {name!r}: {error}") from error
+
+
+def pictures_and_captions(data: ClientData) -> dict[str, Tensor]:
+    """A client's, as tensors: what a digest knows them by."""
+    arrays: dict[str, Tensor] = {}
+    for part, images in (("train", data.train), ("heldout", data.heldout)):
+        said = "\0".join(images.captions).encode()
+        arrays[part] = images.pixels
+        arrays[f"{part} captions"] = torch.frombuffer(bytearray(said or b"\0"), dtype=torch.uint8)
+    return arrays
+
+
+def with_absolute_path(data: Data) -> Data:
+    """As it must stand in a run's folder: independent of where the command was called."""
+    return data if data.path is None else replace(data, path=str(Path(data.path).resolve()))
 
 
 def relabelled(source: Source, label_names: Sequence[str]) -> Images:

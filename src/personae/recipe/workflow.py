@@ -26,7 +26,17 @@ from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
 from personae.evaluate.report import write_report
-from personae.recipe.build import Clients, build_clients, build_job, patience, relabelled, said, split_client
+from personae.recipe.build import (
+    Clients,
+    build_clients,
+    build_job,
+    patience,
+    pictures_and_captions,
+    relabelled,
+    said,
+    split_client,
+    with_absolute_path,
+)
 from personae.recipe.config import load_recipe, method_name, parse, to_toml
 from personae.recipe.environment import keep_environment, versions
 from personae.recipe.measuring import cycled, drawn, measure_client
@@ -155,10 +165,7 @@ class SavedRun:
         """Digests of everybody's images and captions, and of the frozen weights where there are any."""
         arrays: dict[str, Tensor] = {}
         for name, data in self._clients.data.items():
-            for part, images in (("train", data.train), ("heldout", data.heldout)):
-                said = "\0".join(images.captions).encode()
-                arrays[f"{name} {part}"] = images.pixels
-                arrays[f"{name} {part} captions"] = torch.frombuffer(bytearray(said or b"\0"), dtype=torch.uint8)
+            arrays |= {f"{name} {part}": value for part, value in pictures_and_captions(data).items()}
         base = self.denoiser.base()
         return {"images": digest(arrays), **({"base": digest(base)} if base else {})}
 
@@ -485,10 +492,8 @@ def _lies(data: str | Path) -> dict[str, str]:
 def _absolute(recipe: Recipe) -> Recipe:
     """Paths as they must stand in a run folder: independent of where the command was called."""
     data, backbone, evaluation = recipe.data, recipe.backbone, recipe.evaluation
-    if data.path is not None:
-        data = dataclasses.replace(data, path=str(Path(data.path).resolve()))
     if backbone.folder is not None and not is_shipped(backbone.folder):
         backbone = dataclasses.replace(backbone, folder=str(Path(backbone.folder).resolve()))
     if evaluation.features is not None and Path(evaluation.features).suffix:  # a file; names have none
         evaluation = dataclasses.replace(evaluation, features=str(Path(evaluation.features).resolve()))
-    return dataclasses.replace(recipe, data=data, backbone=backbone, evaluation=evaluation)
+    return dataclasses.replace(recipe, data=with_absolute_path(data), backbone=backbone, evaluation=evaluation)

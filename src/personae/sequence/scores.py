@@ -15,6 +15,7 @@ from torch import Tensor
 from personae.backbone.text2image import TextToImage
 from personae.continual.contract import load_kept
 from personae.core import Batch, Images, State, device_of, stream
+from personae.evaluate.forgetting import drift_of_predictions
 from personae.evaluate.loss import denoising_loss
 from personae.infer.sample import draw, latents_at_once
 from personae.objective.dc_score import dc_errors, noise_bank
@@ -63,7 +64,7 @@ def drift_of(model: TextToImage, kept: State, recipe: SequenceRecipe, captions: 
     x_0 = model.encode(Images(pictures).floats().to(device_of(model)))
     before = _predictions(model, x_0, captions, recipe.seed)
     load_kept(model, kept, stream(recipe.seed, "untaught"))
-    return float((_predictions(model, x_0, captions, recipe.seed) - before).square().mean())
+    return drift_of_predictions(before, _predictions(model, x_0, captions, recipe.seed))
 
 
 def _predictions(

@@ -14,7 +14,6 @@ An event has happened when its line is written; whatever stops a run before lose
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 import tomllib
@@ -34,6 +33,7 @@ from personae.artefact.save import (
     json_text,
     load_state,
     read_json,
+    read_lines,
     read_metadata,
     save_state,
     write_bytes,
@@ -48,6 +48,7 @@ from personae.evaluate.grids import save_grid
 from personae.infer.regions import InRegions, Region
 from personae.infer.sample import draw
 from personae.personal.tokens import is_word
+from personae.recipe.build import pictures_and_captions, with_absolute_path
 from personae.recipe.config import SEQUENCE, check_fields, plain, read_table
 from personae.recipe.environment import keep_environment
 from personae.recipe.schema import Data
@@ -131,13 +132,7 @@ class SavedSequence:
     @property
     def events(self) -> list[dict[str, Any]]:
         """A line that was cut short by a kill is left out: it has not happened."""
-        path, found = self.folder / "events.jsonl", []
-        if path.is_file():
-            with explained(path, "reading"):
-                for line in path.read_text("utf-8", "replace").splitlines():
-                    with suppress(ValueError):
-                        found.append(json.loads(line))
-        return found
+        return read_lines(self.folder / "events.jsonl")
 
     @property
     def concepts(self) -> list[str]:
@@ -175,10 +170,10 @@ class SavedSequence:
         """Teach one more concept. Returns its event. A lesson that was stopped is taken up where it was.
 
         Raises: ConfigError, when the name has been used, or the model has no room; DataError, for the pictures;
-        ArtefactError, when the model is not the one that the run began with, or another lesson is unfinished.
+        ArtefactError, when the model is not the one that the run began with.
         """
         refuse_used([event["concept"] for event in self.events], [concept.name])
-        concept = dataclasses.replace(concept, data=_absolute_data(concept.data))
+        concept = dataclasses.replace(concept, data=with_absolute_path(concept.data))
         lock = RunFolder(self.folder)
         lock.hold()
         try:
@@ -198,7 +193,7 @@ class SavedSequence:
                 "word": task.word,
                 "noun": task.noun,
                 "data": plain(concept.data),
-                "images": digest(_arrays(data)),
+                "images": digest(pictures_and_captions(data)),
                 "base": digest(model.base()),
                 "num_images": len(data.train),
                 "seconds": round(seconds, 3),
@@ -206,7 +201,7 @@ class SavedSequence:
                 "facts": dict(kept.facts),
                 **self._figures(model, kept, [*self.tasks, task], data.heldout),
             }
-            self._draw(model, kept, task, concept.name)
+            self._draw(model, task)
             self._append(event, kept)
         finally:
             lock.release()
@@ -303,10 +298,17 @@ class SavedSequence:
         rng = stream(self.recipe.seed, "lesson")  # every stretch begins with draws of its own
         client = Client(CLIENT, data, model, rng, tasks=(*self.tasks, task), given=given_)
         started, number = time.perf_counter(), len(self.concepts) + 1
-        total = max(number, len(self.recipe.concepts))
+        total, seen = max(number, len(self.recipe.concepts)), digest(pictures_and_captions(data))
 
         def after(count: int, state: State) -> None:
-            save_state(path, state, kind="lesson", concept=concept.name, images=digest(_arrays(data)), done=str(count))
+            save_state(
+                path,
+                state,
+                kind="lesson",
+                concept=concept.name,
+                images=seen,
+                done=str(count),
+            )
             loss, seconds = float(state.facts.get("loss", float("nan"))), time.perf_counter() - started
             ends = count == lesson.stretches
             watch(Round("train", number, total, concept.name, count, lesson.stretches, loss, 0, 0, seconds, ends))
@@ -331,7 +333,7 @@ class SavedSequence:
             about, state = read_metadata(path), load_state(path)
         except PersonaeError:
             return 0, None
-        if (about.get("concept"), about.get("images")) != (concept.name, digest(_arrays(data))):
+        if (about.get("concept"), about.get("images")) != (concept.name, digest(pictures_and_captions(data))):
             return 0, None
         return int(about["done"]), state
 
@@ -358,18 +360,18 @@ class SavedSequence:
                 data = read_concept(concept, self.method, self.recipe, model.image_shape)
             except PersonaeError:
                 continue
-            if digest(_arrays(data)) == event["images"]:
+            if digest(pictures_and_captions(data)) == event["images"]:
                 found[name] = data.heldout
         return found
 
-    def _draw(self, model: TextToImage, kept: State, task: Task, name: str) -> None:
-        """What the concept looks like now, and all others, in samples/<name>/<concept>.png."""
+    def _draw(self, model: TextToImage, task: Task) -> None:
+        """What the concept looks like now, and all others, in samples/<new concept>/<concept>.png."""
         options, count = self.recipe.sampling, self.recipe.scoring.num_images
         for each in [*self.tasks, task]:
             said = (caption(each, self.method.said(each)),) * count
             rng = stream(self.recipe.seed, "shown", each.name)
             pictures = draw(model, said, rng, steps=options.steps, guidance=options.guidance)
-            folder = self.folder / "samples" / name
+            folder = self.folder / "samples" / task.name
             folder.mkdir(parents=True, exist_ok=True)
             save_grid(folder / f"{each.name}.png", pictures, columns=count)
 
@@ -402,23 +404,10 @@ def _words_in(prompt: str) -> list[str]:
 def _absolute(plan: SequenceRecipe) -> SequenceRecipe:
     """Paths as they must stand in a run's folder: independent of where the command was called."""
     model = plan.model if is_shipped(plan.model) else str(Path(plan.model).resolve())
-    concepts = tuple(dataclasses.replace(each, data=_absolute_data(each.data)) for each in plan.concepts)
+    concepts = tuple(dataclasses.replace(each, data=with_absolute_path(each.data)) for each in plan.concepts)
     return dataclasses.replace(plan, model=model, concepts=concepts)
-
-
-def _absolute_data(data: Data) -> Data:
-    return data if data.path is None else dataclasses.replace(data, path=str(Path(data.path).resolve()))
 
 
 def _data_of(table: Mapping[str, Any]) -> Data:
     """As an event holds it."""
     return typing.cast("Data", check_fields(Data, table, "data.", []))
-
-
-def _arrays(data: ClientData) -> dict[str, Tensor]:
-    """Pictures and captions, for a digest."""
-    arrays = {}
-    for part, images in (("train", data.train), ("heldout", data.heldout)):
-        arrays[part] = images.pixels
-        arrays[f"{part} captions"] = torch.frombuffer(bytearray("\0".join(images.captions).encode()), dtype=torch.uint8)
-    return arrays

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from personae.artefact.run_folder import RunFolder
-from personae.artefact.save import explained, json_text, read_json, write_bytes, write_json
+from personae.artefact.save import explained, json_text, read_json, read_lines, write_bytes, write_json
 from personae.core import Round, ignore
 from personae.errors import ArtefactError, PersonaeError
 from personae.recipe.config import STUDY, read_table
@@ -150,13 +150,7 @@ class SavedStudy:
 
     def _lines(self) -> list[dict[str, Any]]:
         """A line that was cut short by a kill is left out: its cell is measured again."""
-        path, lines = self.folder / "cells.jsonl", []
-        if path.is_file():
-            with explained(path, "reading"):
-                for text in path.read_text("utf-8", "replace").splitlines():
-                    with suppress(ValueError):
-                        lines.append(json.loads(text))
-        return lines
+        return read_lines(self.folder / "cells.jsonl")
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with explained(self.folder / "cells.jsonl", "writing"), open(self.folder / "cells.jsonl", "a") as file:
