@@ -113,6 +113,7 @@ LITTLE = {
         "refining": {"steps": 2, "lr": 1e-3, "batch_size": 4},
     },
     "adaptation": {"tuned_on": [0], "seeds": [1], "images": [8], "steps": [2], "num_drawn": 8, "num_final": 60},
+    "advantage": {"seeds": [0], "images": [4], "steps": 2, "num_drawn": 8},
     "embeddings": {"seeds": [0], "steps": 2, "start_steps": [0], "num_mixes": 4, "num_walks": 1, "num_drawn": 8},
     "components": {
         "cases": [{"components": 3, "width": 4, "separation": 1.0, "equal": False, "images": 20}],
@@ -203,9 +204,14 @@ def as_little_as_possible(name):
         settings["rivals"] = settings["rivals"][:2]
         settings["changes"] += ["data.partition.num_clients=8", "data.partition.num_new=3", "cohort=2"]
         settings["changes"] += ["data.partition.images_per_client=10", "data.partition.images_per_new=20"]
-        settings["num_references"] = 16
+        if table["study"] == "adaptation":
+            settings["num_references"] = 16
         if any(change.startswith("data.num_images=") for change in settings["changes"]):  # drawing them takes long
             settings["changes"].append("data.num_images=1500")
+    if table["study"] == "advantage":
+        settings["worlds"] = settings["worlds"][:1]
+        for rival in settings["rivals"]:
+            rival["rates"] = rival["rates"][:1]
     if "parts" in settings:  # one of each kind, on a style and a person
         settings["parts"] = [settings["parts"][0], settings["parts"][-1]]
         settings["parts"][-1]["changes"] = ["method.training.steps=2"]

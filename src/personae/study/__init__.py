@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from personae.study.adaptation import Adaptation
+from personae.study.advantage import Advantage
 from personae.study.collaboration import Collaboration
 from personae.study.components import Components
 from personae.study.drawing import Drawing
@@ -21,6 +22,7 @@ from personae.study.variants import Variants
 
 STUDIES: Mapping[str, Any] = {
     "adaptation": Adaptation,
+    "advantage": Advantage,
     "collaboration": Collaboration,
     "components": Components,
     "drawing": Drawing,
