@@ -167,9 +167,18 @@ LITTLE = {
         "changes": list(LITTLE_LESSON),
     },
     "collaboration": {"seeds": [0], "rates": [0.001], "num_names": 4, "sampler_steps": 2},
-    "newcomers": {"seeds": [0], "withheld": ["twemoji"], "late_from": 2, "adapt_rounds": [0, 1]},
+    "newcomers": {"seeds": [0], "withheld": ["twemoji"], "late_from": 2, "adapt_rounds": 1},
+    "concept_pictures": {
+        "seeds": [0],
+        "changes": list(LITTLE_LESSON),
+        "per_prompt": 1,
+        "num_pairs": 2,
+        "num_triples": 1,
+        "steps": 2,
+    },
     "drawing": {"num_names": 2, "num_scenes": 2, "steps": 2},
     "parts": {"seeds": [0], "steps": 2, "num_drawn": 2, "num_unrelated": 2, "sampler_steps": 2},
+    "streams": {"seeds": [0], "changes": list(LITTLE_LESSON), "num_seen": 2},
     "variants": {"seeds": [0]},
 }
 """Settings of each kind of study that leave as little as still has all of its parts."""
@@ -193,6 +202,11 @@ def as_little_as_possible(name):
     settings |= LITTLE[table["study"]]
     if table["study"] == "learning":
         settings["learners"] = [{**learner, "rates": learner["rates"][:1]} for learner in settings["learners"][:2]]
+    if table["study"] == "concept_pictures":
+        settings["learners"] = settings["learners"][:1]
+    if table["study"] == "streams":
+        settings["clients"] = [{**one, "concepts": one["concepts"][:2]} for one in settings["clients"][:2]]
+        settings["pairs"] = settings["pairs"][::4]  # averaged, and alone
     if "variants" in settings:
         settings["variants"] = settings["variants"][:2]  # all of them are read by tests/study/test_config.py
     if table["study"] in ("collaboration", "newcomers"):
@@ -219,7 +233,7 @@ def as_little_as_possible(name):
         for part in settings["parts"]:
             part["rates"] = part["rates"][:1]
     for part in (settings, *settings.get("variants", ()), *tables(settings, "rivals"), *settings.get("parts", ())[1:]):
-        if "changes" in part and table["study"] != "learning":
+        if "changes" in part and table["study"] not in ("learning", "streams", "concept_pictures"):
             part["changes"] = [*(c for c in part["changes"] if not c.startswith("rounds=")), *LITTLE_RUN]
     return {**table, "machine": {"workers": 1}}
 

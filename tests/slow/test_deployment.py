@@ -17,8 +17,10 @@ import pytest
 pytest.importorskip("flwr")
 
 import personae
+from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state
 from personae.personal.embedding import EMBEDDING
+from personae.personal.tokens import is_word
 from personae.recipe.deploy import deploy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,9 +152,11 @@ class Link:
         self.processes.append(process)
         return process
 
-    def node(self, name, port):
-        """`port` is where it looks for the SuperLink: perhaps at a recorder before it."""
-        config = f'name="{name}" data="{self.folder}/photos/{name}" state="{self.folder}/state/{name}"'
+    def node(self, name, port, photos=True):
+        """`port` is where it looks for the SuperLink: perhaps at a recorder before it. Without photos of its own a node
+        has its part of the recipe's data set."""
+        config = f'name="{name}" state="{self.folder}/state/{name}"'
+        config += f' data="{self.folder}/photos/{name}"' if photos else ""
         at = ("--superlink", f"127.0.0.1:{port}", "--port", self.free.pop())
         self.start(name, "flower-supernode", "--insecure", *at, "--node-config", config)
 
@@ -306,3 +310,39 @@ def test_every_method_has_the_bits_of_one_process(folder):
                 assert own.read_bytes() == (here / "clients" / own.name).read_bytes(), (method, name)
     finally:
         link.end()
+
+
+# --- adapters by style -----------------------------------------------------------------------------------------------
+
+STYLES = (
+    *LITTLE[:1],
+    *('data.styles=["noto","twemoji"]', "data.partition.num_clients=2", "data.heldout=0.05"),
+    *("method.words.steps=2", "method.training.steps=1", "method.adapt.steps=1", "method.smallest_cluster=1"),
+    *("evaluation.num_images=2", "evaluation.loss_grid=1", "evaluation.loss_draws=1", "sampling.steps=1"),
+    *("federation.minimum=2", "federation.wait_seconds=200"),
+)
+
+
+def test_adapters_by_style_have_the_bits_of_one_process(folder):
+    """The shipped recipe, with its text-to-image model and its emoji: each node has its own part of them."""
+    names = ("c0", "c1")
+    app, run = deploy("collaborative/styles", folder / "app", STYLES), folder / "run"
+    link = Link(folder, len(names))
+    try:
+        for name in names:
+            link.node(name, link.port, photos=False)
+        log = link.run(app, run)
+    finally:
+        link.end()
+    assert (run / "report.html").is_file(), log
+
+    here = personae.run("collaborative/styles", folder / "here", overrides=[*STYLES, "engine=in_process"]).folder
+    assert (run / "server.safetensors").read_bytes() == (here / "server.safetensors").read_bytes()
+    server = RunFolder(run).server()
+    assert server.facts["round"] == 2 and server.facts == RunFolder(here).server().facts
+    assert {name: server.facts[f"cluster of {name}"] for name in names}.keys() == set(names)
+    assert not any(map(is_word, server.params)) and not list((run / "clients").glob("*"))
+    for name in names:
+        (own,) = (folder / "state" / name).glob(f"*/clients/{name}.safetensors")
+        assert own.read_bytes() == (here / "clients" / own.name).read_bytes(), name
+        assert any(map(is_word, load_state(own).params)), "words are at home"

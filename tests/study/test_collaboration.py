@@ -4,13 +4,16 @@ import math
 from statistics import fmean
 
 import pytest
+import torch
 
+from personae.data.emoji import scene_names
 from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import adjusted_rand
+from personae.evaluate.text2image_features import renderings
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
-from personae.study.by_style import styles_of
-from personae.study.collaboration import Collaboration, best_rate
+from personae.study.by_style import real_pictures, styles_of
+from personae.study.collaboration import Collaboration, _entropies, best_rate
 from personae.study.collaboration_report import FIGURES, answer
 from personae.study.study import where
 from personae.study.variants import Variant
@@ -18,8 +21,9 @@ from personae.study.workflow import run_study
 
 LITTLE = (
     "rounds=2",
-    'data.styles=["noto","twemoji"]',
+    'data.styles=["noto","twemoji","70 noto + 30 twemoji"]',
     "data.partition.num_clients=3",
+    "data.heldout=0.05",
     "method.smallest_cluster=1",
     "method.words.steps=2",
     "method.training.steps=1",
@@ -29,6 +33,9 @@ LITTLE = (
     "evaluation.loss_draws=1",
     "sampling.steps=1",
 )
+
+MIXED = "70 noto + 30 twemoji"
+STYLES = ("noto", "twemoji", MIXED)
 
 STUDY = """
 name = "collaborative"
@@ -72,8 +79,8 @@ def test_every_variant_runs_at_every_rate_and_is_drawn_at_its_best(done):
         losses = {r["rate"]: fmean(r["losses"].values()) for r in where(done.rows, stage="run", variant=name)}
         assert best_rate(done.rows, name) == min(losses, key=losses.get)
         (drawn,) = where(done.rows, stage="drawn", variant=name)
-        assert drawn["rate"] == best_rate(done.rows, name) and drawn["by_style"].keys() == {"noto", "twemoji"}
-        assert all(math.isfinite(figure) for of in drawn["by_style"].values() for figure in of.values())
+        assert drawn["rate"] == best_rate(done.rows, name) and drawn["by_style"].keys() == set(STYLES)
+        assert all(math.isfinite(of[key]) for of in drawn["by_style"].values() for key in FIGURES)
         assert (done.folder / drawn["picture"]).is_file()
 
 
@@ -87,20 +94,33 @@ def test_groups_are_told_beside_styles(done):
 def test_weights_are_measured_on_the_first_variants_groups(done):
     (alike,) = where(done.rows, stage="weights")
     assert len(set(alike["shares"].values())) == 1 and sum(alike["shares"].values()) == pytest.approx(1)
-    assert alike["losses"].keys() == {"noto", "twemoji"}
+    assert alike["losses"].keys() == set(STYLES)
 
 
 def test_the_answer_compares_with_the_best_rival(done):
     answer = done.answer
     ours, theirs = (answer.numbers["figures"][name] for name in ("by style", "one for all"))
     compared = answer.numbers["against"]["compared"]
-    assert compared.keys() == {"noto", "twemoji", "mean"} and compared["mean"]["rival"] == "one for all"
+    assert compared.keys() == {*STYLES, "mean"} and compared["mean"]["rival"] == "one for all"
     noto = compared["noto"]
     assert noto["difference"]["mean"] == pytest.approx(ours["noto"]["distance"] - theirs["noto"]["distance"])
     if theirs["noto"]["distance"] > 0:
         assert noto["ratio"] == pytest.approx(ours["noto"]["distance"] / theirs["noto"]["distance"])
     assert [chart.name for chart in answer.charts] == ["groups", "distances"]
     assert any("1 seeds." in finding for finding in answer.findings)
+
+
+def test_a_mixture_is_told_by_its_two_styles_and_shown_in_the_map(done):
+    (mixed,) = (row["by_style"][MIXED] for row in where(done.rows, stage="drawn", variant="by style"))
+    assert mixed["told"].keys() == {"noto", "twemoji"} and mixed["style"] == sum(mixed["told"].values()) <= 1
+    row = where(done.rows, stage="run", variant="by style")[0]
+    assert row["entropies"].keys() == row["styles"].keys() and min(row["entropies"].values()) >= 0
+    assert done.answer.numbers["mixtures"][MIXED]["clients"] == 1
+    assert any(f"with {MIXED} draw" in finding for finding in done.answer.findings)
+    assert str(done.answer.charts[0].drawing).count("<svg") == 1
+
+
+MIX = "70 noto + 30 emojione"
 
 
 def drawn(variant, seed, distance):
@@ -126,6 +146,51 @@ def test_a_rival_that_is_not_above_the_floor_has_no_ratio_and_seeds_are_paired_b
     far = [drawn("o", 0, 0.02), drawn("o", 1, 0.04), drawn("r", 1, 0.041), drawn("r", 0, 0.039)]
     found = answer([*rows, *far], ["o", "r"], ["r"], {"o": 0.1, "r": 0.1}).numbers["against"]["compared"]["mean"]
     assert found["ratio"] == pytest.approx(0.03 / 0.04)
+
+
+def test_of_a_mixture_it_is_told_with_whom_its_clients_are():
+    """Two clients of a mixture, one among those of "a", one in a group of its own; b0 is alone."""
+    styles = {"a0": "noto", "a1": "noto", "b0": "emojione", "m0": MIX, "m1": MIX}
+    groups = {"a0": 0, "a1": 0, "b0": 1, "m0": 0, "m1": 2}
+    entropies = {"a0": 0.0, "a1": 0.0, "b0": 0.3, "m0": 1.0, "m1": 0.5}
+    extra = {"styles": styles, "groups": groups, "entropies": entropies, "agreement": 1.0, "cosines": [[1.0] * 5] * 5}
+    rows = [{**ran("o", 0, 0.1), **extra}]
+    found = answer(rows, ["o", "r"], ["r"], {"o": 0.1, "r": 0.1})
+    told = {"clients": 2, "with": {"noto": 1, "emojione": 0}, "entropy": 0.75, "entropy_of_others": pytest.approx(0.1)}
+    assert found.numbers["mixtures"] == {MIX: told}
+    assert "1 are in a group mostly of noto, 0 are in a group mostly of emojione" in found.findings[1]
+    assert "leave 0.75 bits open about the group, clients of one style 0.10" in found.findings[1]
+
+
+def test_who_has_one_style_leaves_nothing_open_and_who_is_between_leaves_one_bit():
+    axes = torch.eye(16)
+    seen = torch.stack([axes[0], axes[0] + 0.1 * axes[2], axes[1], axes[1] + 0.1 * axes[3], axes[0] + axes[1]])
+    found = _entropies({"a0": 3, "a1": 3, "b0": 5, "b1": 5, "m": 3}, seen)
+    assert found["m"] == pytest.approx(1) and found["b0"] < 0.05
+    assert _entropies({"a0": 3, "a1": 3, "b0": 5, "b1": 5, "m": 7}, seen)["m"] == 0, "alone in its group"
+
+
+def test_the_mixture_with_the_nearest_shares_is_a_clients_style():
+    others = "30 noto + 70 emojione"
+    named = ["noto", "emojione", "twemoji", MIX, others]
+    change = "data.styles=" + str(named).replace("'", '"')
+    clients = build_clients(load_recipe("collaborative/styles", [change, "data.partition.num_clients=10"]))
+    assert sorted(styles_of(clients, named).values()) == sorted([*named, *named])
+    with pytest.raises(DataError, match="not of one style, or not of a mixture"):
+        styles_of(clients)
+    assert styles_of(clients, [*named[:4]])
+    pixels = [data.train.pixels for data in clients.data.values()]
+    every = torch.cat([*pixels, *(data.heldout.pixels for data in clients.data.values())]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every), "nobody trains on what another is measured on"
+
+
+def test_real_pictures_of_a_mixture_are_in_both_styles_in_its_shares():
+    names = list(scene_names())[:20]
+    both = real_pictures(MIX, names)
+    in_noto = (both == renderings("noto", names)).flatten(1).all(1)
+    in_other = (both == renderings("emojione", names)).flatten(1).all(1)
+    assert int(in_noto.sum()) == 14 and torch.equal(in_other, ~in_noto)
+    assert torch.equal(real_pictures("noto", names), renderings("noto", names))
 
 
 def test_styles_are_told_by_pictures():

@@ -4,10 +4,15 @@ import math
 
 import pytest
 
+from personae.artefact.run_folder import RunFolder
 from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import auroc
+from personae.evaluate.loss import denoising_loss
+from personae.recipe.build import build_clients
+from personae.recipe.workflow import open_run
 from personae.study.by_style import server_of
 from personae.study.newcomers import Newcomers
+from personae.study.newcomers_report import a_quarter, first_near
 from personae.study.study import where
 from personae.study.workflow import run_study
 
@@ -36,7 +41,7 @@ recipe = "collaborative/styles"
 changes = {changes}
 withheld = ["twemoji"]
 late_from = 2
-adapt_rounds = [0, 1]
+adapt_rounds = 2
 
 [machine]
 threads = 1
@@ -73,9 +78,36 @@ def test_a_newcomer_trains_from_its_group_and_from_nothing(done):
     (row,) = where(done.rows, stage="adapt")
     assert row["style"] == "noto"
     group, nothing = row["losses"]["group"], row["losses"]["nothing"]
-    assert len(group) == len(nothing) == 2 and all(map(math.isfinite, [*group, *nothing]))
-    assert group[0] != nothing[0] and group[0] != group[1]
-    assert done.answer.tables[0].rows[0][4] == where(done.rows, stage="together")[0]["losses"][row["client"]]
+    assert len(group) == len(nothing) == 3 and all(map(math.isfinite, [*group, *nothing]))
+    assert len({*group, *nothing}) == 6
+    (table,) = [table for table in done.answer.tables if table.title == "Newcomers of known styles"]
+    assert table.rows[0][4] == where(done.rows, stage="together")[0]["losses"][row["client"]]
+
+
+def test_a_newcomers_first_losses_are_those_of_what_the_federation_gives_it(done):
+    """Measured as the oracle's loss is: the same draws, with the words that it learned when it came."""
+    (row,) = where(done.rows, stage="adapt")
+    run = open_run(done.folder / "runs" / "without-twemoji-0")
+    name, how = row["client"], run.recipe.evaluation
+    words = RunFolder(done.folder / "runs" / "late-twemoji-0").last_kept(name).params
+    groups = [v for k, v in run.released.extras.items() if k.startswith("centre.")]
+    assert len(groups) == 1, "one style was there"
+    adapter = {n.removeprefix("cluster.0."): v for n, v in run.released.extras.items() if n.startswith("cluster.0.")}
+    run.denoiser.load({**adapter, **words})
+    heldout = build_clients(run.recipe).data[name].heldout
+    loss = denoising_loss(run.denoiser, heldout, grid=how.loss_grid, draws=how.loss_draws, seed=run.recipe.seed)
+    assert row["losses"]["group"][0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_before_ends_with_the_round_before_they_come(done):
+    (before,) = where(done.rows, stage="before")
+    (without,) = where(done.rows, stage="without")
+    folder = RunFolder(done.folder / "runs" / "before-twemoji-0")
+    assert [record["round"] for record in folder.rounds(1)] == [1] and folder.server().facts["round"] == 1
+    (table,) = [table for table in done.answer.tables if table.title == "Those who were there"]
+    (stayed,) = (name for name in before["styles"] if name not in where(done.rows, stage="late")[0]["newcomers"])
+    assert table.rows[0][3] == before["losses"][stayed] != without["losses"][stayed] == table.rows[0][5]
+    assert f"{before['losses'][stayed]:.4f} before newcomers come" in done.answer.findings[1]
 
 
 def told(groups, likeness, losses=(1.0, 1.0)):
@@ -89,7 +121,7 @@ def told(groups, likeness, losses=(1.0, 1.0)):
     ]
 
 
-STUDY_OF_TWO = Newcomers("collaborative/styles", ("twemoji",), adapt_rounds=(0, 1, 4))
+STUDY_OF_TWO = Newcomers("collaborative/styles", ("twemoji",), adapt_rounds=4)
 
 
 def test_a_newcomer_alone_in_a_group_of_its_own_is_not_at_its_place_unless_its_style_is_new():
@@ -108,22 +140,52 @@ def test_a_newcomer_alone_in_a_group_of_its_own_is_not_at_its_place_unless_its_s
 
 def test_the_others_are_those_who_were_there():
     groups = {"a0": 0, "a1": 0, "late": 0, "b0": 1, "b1": 1}
-    rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.02))
+    rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.018))
     rows[0]["losses"] |= {"late": 99.0}
-    assert STUDY_OF_TWO.answer(rows).numbers["others"] == pytest.approx({"mean": 0.01, "worst": 0.01})
+    found = STUDY_OF_TWO.answer(rows)
+    assert found.numbers["others"] == pytest.approx({"mean": 0.009, "worst": 0.009, "unchanged": 1.0})
+    assert (
+        "2.0180 with newcomers, 2.0000 without any" in found.findings[1] and "as was hoped of all" in found.findings[1]
+    )
+    rows.append({"stage": "before", "withheld": "b", "seed": 0, "losses": {"a0": 2.5, "a1": 2.5}})
+    assert "2.5000 before newcomers come" in STUDY_OF_TWO.answer(rows).findings[1]
+
+
+@pytest.mark.parametrize("change", [0.015, -0.015])
+def test_a_loss_that_moves_either_way_has_changed(change):
+    groups = {"a0": 0, "a1": 0, "late": 0, "b0": 1, "b1": 1}
+    rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.0))
+    rows[0]["losses"]["a1"] *= 1 + change
+    found = STUDY_OF_TWO.answer(rows)
+    assert found.numbers["others"]["unchanged"] == 0.5 and "hoped for was that of all" in found.findings[1]
 
 
 def test_rounds_are_counted_to_the_oracle_and_who_never_comes_there_is_not_left_out():
     rows = [{"stage": "together", "seed": 0, "losses": {"late": 1.0, "slow": 1.0}}]
-    for name, nothing in (("late", [2.0, 1.5, 1.04]), ("slow", [2.0, 1.9, 1.8])):
-        losses = {"group": [1.06, 1.049, 1.0], "nothing": nothing}
+    for name, nothing in (("late", [2.0, 1.5, 1.2, 1.1, 1.04]), ("slow", [2.0, 1.9, 1.8, 1.7, 1.6])):
+        losses = {"group": [1.06, 1.049, 1.0, 1.0, 1.0], "nothing": nothing}
         rows.append({"stage": "adapt", "withheld": "b", "seed": 0, "client": name, "style": "a", "losses": losses})
     answer = STUDY_OF_TWO.answer(rows)
     assert answer.numbers["rounds"] == {"group": [1, 1], "nothing": [4, None]}
     assert answer.numbers["rounds_of_the_way"] == {"group": [1, 1], "nothing": [4, None]}
-    assert "needs 1 rounds' worth of steps from its group's adapter, 4 from nothing" in answer.findings[0]
+    assert answer.numbers["a_quarter"] == [True, True]
+    assert "after 1 rounds from its group's adapter, after 4 from nothing" in answer.findings[0]
+    assert "for 2 of 2 newcomers; as was hoped of all" in answer.findings[0]
+    assert [row[5:] for row in answer.tables[0].rows[:2]] == [[1, 1.06, 1.049, 1.0, 1.0], [4, 2.0, 1.5, 1.2, 1.04]]
     rows[1]["losses"]["nothing"] = rows[2]["losses"]["nothing"]
-    assert "more than were tried from nothing" in STUDY_OF_TWO.answer(rows).findings[0]
+    assert "after more than 4 from nothing" in STUDY_OF_TWO.answer(rows).findings[0]
+    for row in rows[1:]:
+        row["losses"]["nothing"] = row["losses"]["group"]
+    found = STUDY_OF_TWO.answer(rows)
+    assert found.numbers["a_quarter"] == [False, False] and "for 0 of 2 newcomers; hoped for" in found.findings[0]
+
+
+def test_the_first_round_that_is_near_counts_and_never_is_more_than_all():
+    assert first_near([1.06, 1.05, 1.2], 1.0) == 1 and first_near([1.0], 1.0) == 0 and first_near([1.06], 1.0) is None
+    assert [a_quarter(1, cold, 4) for cold in (3, 4, None)] == [False, True, True]
+    assert a_quarter(2, None, 4) is False and a_quarter(2, None, 7) is True, "one more than was tried, at least"
+    assert a_quarter(None, None, 4) is False and a_quarter(0, 1, 4) is True
+    assert a_quarter(0, 0, 4) is None, "nothing could be saved"
 
 
 def test_the_area_under_the_curve():
@@ -138,7 +200,7 @@ def test_the_area_under_the_curve():
     ("changes", "message"),
     [
         ({"withheld": ("cubism",)}, "withheld styles are cubism"),
-        ({"adapt_rounds": ()}, "adapt_rounds of 0 or more"),
+        ({"adapt_rounds": 0}, "adapt_rounds of 1 or more"),
         ({"late_from": 3}, "late_from is 3, expected more than the method's grouping_rounds 3"),
         ({"recipe": "digits/spire"}, "another method"),
     ],

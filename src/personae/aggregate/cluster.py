@@ -6,6 +6,7 @@ Letters in shapes: `K` clients, `C` clusters, `D` numbers of a descriptor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Literal, get_args
 
 import numpy as np
@@ -37,9 +38,7 @@ def similarities(
     cosines: Tensor = units @ units.T
     if adapters is None:
         return cosines
-    common = torch.tensor(
-        [[sum(overlap(one[name], other[name]) for name in one) / len(one) for other in adapters] for one in adapters]
-    )
+    common = torch.tensor([[_common(one, other) for other in adapters] for one in adapters])
     both: Tensor = descriptor_share * cosines + (1 - descriptor_share) * common.double()
     return both
 
@@ -86,6 +85,114 @@ def _joined(labels: list[int], apart: Tensor, smallest: int) -> list[int]:
 def _numbered(labels: Sequence[int]) -> list[int]:
     order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return [order[label] for label in labels]
+
+
+# --- groups that have been there for a while -----------------------------------------------------------------------
+
+
+def restructured(
+    descriptors: Float[Tensor, "K D"],
+    groups: Sequence[int],
+    adapters: Sequence[Adapter],
+    threshold: float,
+    *,
+    smallest: int = 3,
+    least: float = 0.35,
+    common: float = 0.6,
+) -> list[int]:
+    """The groups after at most one change: one is split in two, or else two are merged, or all stay.
+
+    Split is the group whose halves by 2-means have the highest mean silhouette, above `least`, with `smallest` members
+    or more in each. Merged are the two whose centres have the highest cosine, above 1 - (1 - threshold) / 2, and whose
+    `adapters`, one for each group, have more than `common` of their B's spaces in common. Two that would be split again
+    as one stay apart. `threshold` is that of `aggregate.newcomers.familiar`. The second half of a split group is a new
+    one, with the highest number; of two merged groups the lower number stays, and numbers above the other move down.
+
+    Our choice. Members' order matters only where two are equally far from two centres.
+    Raises: ConfigError, when groups are not numbered from 0, or adapters are not one for each.
+    """
+    count = max(groups, default=-1) + 1
+    if len(groups) != len(descriptors) or set(groups) != set(range(count)) or len(adapters) != count:
+        raise ConfigError(
+            f"{len(descriptors)} descriptors are of groups {sorted(set(groups))}, with {len(adapters)} adapters; "
+            "expected a number from 0 for each descriptor, and one adapter for each group"
+        )
+    units = torch.nn.functional.normalize(descriptors.double(), dim=1)
+    members = [[k for k, group in enumerate(groups) if group == number] for number in range(count)]
+    halves = {number: half for number, own in enumerate(members) if (half := _halves(units[own], smallest, least))}
+    if halves:
+        split = max(halves, key=lambda number: halves[number][0])
+        away = {members[split][k] for k in halves[split][1]}
+        return [count if k in away else group for k, group in enumerate(groups)]
+    centres = torch.stack([units[own].mean(0) for own in members])
+    for stays, goes in _nearest_pairs(centres, 1 - (1 - threshold) / 2):
+        both = units[sorted(members[stays] + members[goes])]
+        if _common(adapters[stays], adapters[goes]) > common and not _halves(both, smallest, least):
+            return [stays if group == goes else group - (group > goes) for group in groups]
+    return list(groups)
+
+
+def moved(
+    descriptors: Float[Tensor, "K D"], groups: Sequence[int], won: Sequence[int], threshold: float, patience: int = 3
+) -> tuple[list[int], list[int]]:
+    """The groups after those have moved to a likelier one for whom it was likelier `patience` times running.
+
+    Likelier is the nearest centre of another group when it is nearer than that of the own group without the member; a
+    member that is alone moves to a centre whose cosine is at least `threshold`. `won` says how often that was so for
+    each so far, and is returned as it is now. A group that all have left goes, and the numbers above it move down.
+
+    Our choice.
+    """
+    units = torch.nn.functional.normalize(descriptors.double(), dim=1)
+    count, own = max(groups, default=-1) + 1, torch.tensor(groups)
+    sums = torch.stack([units[own == number].sum(0) for number in range(count)])
+    alike = units @ torch.nn.functional.normalize(sums, dim=1).T
+    rows = torch.arange(len(units))
+    without = torch.nn.functional.cosine_similarity(units, sums[own] - units, dim=1)
+    without[own.bincount()[own] == 1] = threshold
+    alike[rows, own] = -torch.inf
+    best = alike.max(1)
+    wins = [n + 1 if better else 0 for n, better in zip(won, (best.values > without).tolist(), strict=True)]
+    chosen = [to if n >= patience else at for n, to, at in zip(wins, best.indices.tolist(), groups, strict=True)]
+    there = sorted(set(chosen))
+    return [there.index(group) for group in chosen], [n if n < patience else 0 for n in wins]
+
+
+def _nearest_pairs(centres: Tensor, above: float) -> list[tuple[int, int]]:
+    """The pairs whose cosine is above this, the most alike first."""
+    units = torch.nn.functional.normalize(centres, dim=1)
+    alike = {(a, b): float(units[a] @ units[b]) for a, b in combinations(range(len(units)), 2)}
+    return sorted((pair for pair in alike if alike[pair] > above), key=lambda pair: (-alike[pair], pair))
+
+
+def _halves(units: Tensor, smallest: int, least: float) -> tuple[float, list[int]] | None:
+    """The silhouette of a group's halves, and who is not in the first's; None where it is not to be split."""
+    if len(units) < max(3, 2 * smallest):
+        return None
+    half = _two_means(units)
+    if min(half.sum(), (1 - half).sum()) < max(1, smallest):
+        return None
+    apart = (1 - units @ units.T).clamp(min=0).fill_diagonal_(0)
+    score = float(silhouette_score(apart.numpy(), half.numpy(), metric="precomputed"))
+    return (score, (half != half[0]).nonzero()[:, 0].tolist()) if score > least else None
+
+
+def _two_means(units: Tensor) -> Tensor:
+    """0 or 1 for each, by 2-means on the sphere, which starts from the two that are least alike."""
+    centres = units[list(divmod(int((units @ units.T).argmin()), len(units)))]
+    half = (units @ centres.T).argmax(1)
+    for _ in range(100):
+        sums = [units[half == h].sum(0) if (half == h).any() else centres[h] for h in (0, 1)]
+        centres = torch.nn.functional.normalize(torch.stack(sums), dim=1)
+        half, before = (units @ centres.T).argmax(1), half
+        if torch.equal(half, before):
+            break
+    return half
+
+
+def _common(one: Adapter, other: Adapter) -> float:
+    """The mean over layers of what B's spaces have in common, 0 to 1."""
+    return sum(overlap(one[layer], other[layer]) for layer in one) / len(one)
 
 
 # --- how much each cluster counts ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from personae.core import Images, stream
 from personae.data.sources import Source, shrink
+from personae.data.style_mixtures import dealt, shares_of
 from personae.errors import ConfigError, DataError
 
 SEEN_STYLES = ("noto", "fluent-emoji-flat", "emojione")
@@ -198,26 +199,32 @@ def emoji(
     them over TEMPLATES. Unless the style is `told`, they read "a drawing of a dog".
     A `wording` takes their place, with {thing} for "a dog".
 
+    A style may be a mixture, as "70 noto + 30 emojione": its pictures are in either style, in these shares. No picture
+    is in two of `styles`, so that beside a mixture there are fewer of each, but equally many of all.
+
     Shapes: pixels uint8 [N, 3, 32, 32], attributes [N, A]; N is 798 per style for "seen", 212 for "held_out".
     Raises: ConfigError, when a style or `names` is unknown, or a wording has no {thing}; DataError, when the pack is
     damaged.
     Source: Noto Emoji, Fluent Emoji, EmojiOne 2, Twemoji; see packs/emoji/NOTICE.
     """
-    _check_styles(styles)
-    whole, chosen = pack(), named(names)
+    _check_styles(styles, mixed=True)
+    parts = dealt([shares_of(style) for style in styles], len(chosen := named(names)))
+    whole, pictures = pack(), [(style, chosen[at]) for part in parts for style, at in part]
     order = {name: place for place, name in enumerate(whole.things)}
-    rows = torch.tensor([order[name] for name in chosen])
-    pixels = torch.cat([whole.pixels[style][rows] for style in styles])
     if wording is None:
-        captions = tuple(caption(style if told else None, name, seed) for style in styles for name in chosen)
+        captions = tuple(caption(style if told else None, name, seed) for style, name in pictures)
     elif "{thing}" in wording:
-        captions = tuple(wording.replace("{thing}", whole.things[name].phrase) for name in chosen) * len(styles)
+        captions = tuple(wording.replace("{thing}", whole.things[name].phrase) for _, name in pictures)
     else:
         raise ConfigError(f"the wording {wording!r} says the same of every emoji; put {{thing}} where its name belongs")
     return Source(
-        Images(pixels, rows.repeat(len(styles)), captions),
+        Images(
+            torch.stack([whole.pixels[style][order[name]] for style, name in pictures]),
+            torch.tensor([order[name] for _, name in pictures]),
+            captions,
+        ),
         tuple(whole.things),
-        torch.eye(len(styles), dtype=torch.int64).repeat_interleave(len(rows), 0),
+        torch.eye(len(styles), dtype=torch.int64).repeat_interleave(len(parts[0]), 0),
         tuple(styles),
     )
 
@@ -265,10 +272,10 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for text in texts for word in text.split() if not word.startswith("{")}))
 
 
-def _check_styles(styles: Sequence[str]) -> None:
+def _check_styles(styles: Sequence[str], mixed: bool = False) -> None:
     if isinstance(styles, str):
         raise ConfigError(f"styles is {styles!r}, expected several: [{styles!r}]")
-    unknown = [style for style in styles if style not in STYLES]
+    unknown = [style for style in styles if not (shares_of(style).keys() if mixed else {style}) <= set(STYLES)]
     if unknown or not styles or len(set(styles)) < len(styles):
         raise ConfigError(f"styles are {list(styles)}, expected some of {', '.join(STYLES)}, each once")
 

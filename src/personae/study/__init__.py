@@ -7,6 +7,7 @@ from personae.study.adaptation import Adaptation
 from personae.study.advantage import Advantage
 from personae.study.collaboration import Collaboration
 from personae.study.components import Components
+from personae.study.concept_pictures import ConceptPictures
 from personae.study.drawing import Drawing
 from personae.study.embeddings import Embeddings
 from personae.study.handover import Handover
@@ -18,6 +19,7 @@ from personae.study.mixture_federation import MixtureFederation
 from personae.study.newcomers import Newcomers
 from personae.study.parts import Parts
 from personae.study.pretraining import Pretraining
+from personae.study.streams import Streams
 from personae.study.variants import Variants
 
 STUDIES: Mapping[str, Any] = {
@@ -25,6 +27,7 @@ STUDIES: Mapping[str, Any] = {
     "advantage": Advantage,
     "collaboration": Collaboration,
     "components": Components,
+    "concept_pictures": ConceptPictures,
     "drawing": Drawing,
     "embeddings": Embeddings,
     "handover": Handover,
@@ -36,6 +39,7 @@ STUDIES: Mapping[str, Any] = {
     "newcomers": Newcomers,
     "parts": Parts,
     "pretraining": Pretraining,
+    "streams": Streams,
     "variants": Variants,
 }
 """By the name that a recipe uses."""

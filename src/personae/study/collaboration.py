@@ -1,9 +1,9 @@
 """Adapters by style against one adapter for all: the same clients, words, steps, each variant at its best rate.
 
-Every client has pictures in one style, and its captions do not say which. "run": a variant's whole run at one learning
-rate, judged by its personal models' loss on held-out pictures; rates are tried with the first seed, and the others take
-the best one. "drawn": what these personal models draw of things that the base model knows, beside real renderings of
-the same things in the client's style.
+Every client has pictures in one style, or in a mixture of some, and its captions do not say which. "run": a variant's
+whole run at one learning rate, judged by its personal models' loss on held-out pictures; rates are tried with the first
+seed, and the others take the best one. "drawn": what these personal models draw of things that the base model knows,
+beside real renderings of the same things in the client's style.
 
 `weights` are ways to weigh the groups in what is shared by all; they change nothing else, and each is measured on the
 groups of the first variant's runs.
@@ -11,6 +11,7 @@ groups of the first variant's runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +24,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from personae.aggregate.low_rank import read, stacked, written
+from personae.aggregate.newcomers import familiar
 from personae.core import pick, stream
 from personae.data.emoji import STYLES, pack, scene_names
+from personae.data.style_mixtures import shares_of
 from personae.errors import ConfigError
 from personae.evaluate.distances import kid
 from personae.evaluate.features import Features, features_by_name
@@ -32,7 +35,7 @@ from personae.evaluate.grids import save_grid
 from personae.evaluate.grouping import adjusted_rand
 from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
-from personae.evaluate.text2image_features import renderings, statistics
+from personae.evaluate.text2image_features import statistics
 from personae.infer.sample import draw
 from personae.methods.cluster_lora import WITHHELD, ClusterLora, groups_of
 from personae.personal.tokens import is_word
@@ -41,7 +44,7 @@ from personae.recipe.config import load_recipe
 from personae.recipe.models import Model
 from personae.recipe.workflow import SavedRun, open_run
 from personae.study.bench import trained
-from personae.study.by_style import of_cluster, server_of, styles_of
+from personae.study.by_style import of_cluster, real_pictures, server_of, styles_of
 from personae.study.collaboration_report import answer
 from personae.study.study import Answer, Cell, Row, where
 from personae.study.variants import Variant
@@ -128,7 +131,7 @@ class Collaboration:
         variant = next(variant for variant in self.variants if variant.name == cell["variant"])
         rate = [f"method.training.lr={cell['rate']}", f"method.adapt.lr={cell['rate']}"]
         done = trained(_folder(folder, cell), self.recipe, [*self.changes, *variant.changes, *rate], seed)
-        summary, styles = done.summary, styles_of(build_clients(done.recipe))
+        summary, styles = done.summary, styles_of(build_clients(done.recipe), done.recipe.data.styles)
         server = server_of(done.folder)
         figures = {
             "losses": {name: summary["clients"][name]["heldout_loss"] for name in styles},
@@ -141,9 +144,11 @@ class Collaboration:
         if groups.keys() >= styles.keys():
             groups = {name: groups[name] for name in styles}
             seen = torch.stack([server.extras[f"seen.{name}"] for name in styles])
+            pure = [name for name, style in styles.items() if len(shares_of(style)) == 1]
             figures |= {
                 "groups": groups,
-                "agreement": adjusted_rand(list(groups.values()), list(styles.values())),
+                "agreement": adjusted_rand([groups[name] for name in pure], [styles[name] for name in pure]),
+                "entropies": _entropies(groups, seen),
                 "cosines": (normalize(seen, dim=1) @ normalize(seen, dim=1).T).tolist(),
                 "shares": [server.facts.get(f"share {n}", 0.0) for n in range(int(server.facts["clusters"]))],
             }
@@ -153,7 +158,7 @@ class Collaboration:
 
     def _drawn(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         run = open_run(_folder(folder, cell))
-        styles = styles_of(build_clients(run.recipe))
+        styles = styles_of(build_clients(run.recipe), run.recipe.data.styles)
         by_style: dict[str, dict[str, Any]] = {}
         grids = []
         for style in dict.fromkeys(styles.values()):
@@ -184,7 +189,7 @@ class Collaboration:
     ) -> Tensor:
         """Real ones; the client's own; with its words and its group's adapter; with these and the one for all."""
         model, words, server = run.denoiser, pick(run.personal(client), is_word), server_of(run.folder)
-        rows = [renderings(style, names), personal]
+        rows = [real_pictures(style, names), personal]
         group = groups_of(server).get(client)
         for adapter in (*([] if group is None else [of_cluster(server, group)]), run.released.params):
             model.load({**adapter, **words})
@@ -193,7 +198,7 @@ class Collaboration:
 
     def _judged(self, drawn: Tensor, names: Sequence[str], style: str, seed: int) -> dict[str, Any]:
         features = _features(self.features)
-        real = features.extract(renderings(style, scene_names()))
+        real = features.extract(real_pictures(style, scene_names()))
         made = features.extract(drawn)
         size = min(50, len(made), len(real) // 2)
         found = kid(made, real, features=features.name, subset_size=size, subsets=100, seed=seed)
@@ -201,14 +206,17 @@ class Collaboration:
             kid(real, real, features=features.name, subset_size=size, subsets=20, seed=number).floor
             for number in range(HALVINGS)
         )
-        centre = normalize(real.mean(0), dim=0)
+        centre, shares = normalize(real.mean(0), dim=0), shares_of(style)
+        told = {own: _probe().score(drawn, [own] * len(drawn)).drawn.overall.share for own in shares}
+        name = {own: nearest_name(drawn, names, [own] * len(drawn)).drawn.top_1.share for own in shares}
         return {
             "distance": found.mean - floor,
             "floor": floor,
             "distance_std": found.std,
-            "style": _probe().score(drawn, [style] * len(drawn)).drawn.overall.share,
-            "style_real": _probe().real.by_style[style].share,
-            "named": nearest_name(drawn, names, [style] * len(drawn)).drawn.top_1.share,
+            "style": sum(told.values()),
+            "told": told,
+            "style_real": sum(share * _probe().real.by_style[own].share for own, share in shares.items()),
+            "named": sum(share * name[own] for own, share in shares.items()),
             "alignment": float((normalize(made, dim=1) @ centre).mean()),
             "alignment_real": float((normalize(real, dim=1) @ centre).mean()),
         }
@@ -224,7 +232,7 @@ class Collaboration:
         assert isinstance(method, ClusterLora), "checked when the study was read"
         shown = [n for n in range(int(server.facts["clusters"])) if f"{WITHHELD} {n}" not in server.facts]
         clusters = [read(of_cluster(server, number)) for number in shown]
-        styles = styles_of(clients)
+        styles = styles_of(clients, run.recipe.data.styles)
         groups = groups_of(server)
         weights = method.weights(groups, clusters, shown, server.extras)
         adapter = written(stacked(clusters, [weights[number] for number in shown]))
@@ -251,6 +259,22 @@ def best_rate(found: Sequence[Row], variant: str) -> float | None:
     rows = where(found, stage="run", variant=variant)
     tried = [row for row in rows if row["seed"] == rows[0]["seed"]]
     return min(tried, key=lambda row: fmean(row["losses"].values()))["rate"] if tried else None
+
+
+def _entropies(groups: Mapping[str, int], seen: Tensor) -> dict[str, float]:
+    """In bits, how far each client's descriptor leaves open which group it is from, as those are without it; 0 of a
+    client that is alone in its group. `seen` has a descriptor in each row."""
+    found, numbers = {}, list(groups.values())
+    for at, name in enumerate(groups):
+        others = [k for k in range(len(numbers)) if k != at]
+        there = sorted({numbers[k] for k in others})
+        if numbers[at] not in there:
+            found[name] = 0.0
+            continue
+        known = familiar(seen[others], [there.index(numbers[k]) for k in others])
+        chances = known.chances(seen[at])[:-1]  # the last is for none of them
+        found[name] = float(torch.special.entr(chances / chances.sum()).sum()) / math.log(2)
+    return found
 
 
 def _folder(folder: Path, cell: Cell) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from personae.data.style_mixtures import shares_of
 from personae.evaluate.charts import COLOURS, chart, group_map
 from personae.study.stats import Interval, interval, paired
 from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, where
@@ -34,12 +35,15 @@ def answer(
                 f"Groups agree with styles by an adjusted Rand index of {min(numbers['agreement']):.2f} or more, over "
                 f"{len(grouped)} seeds."
             )
+            numbers["mixtures"] = _mixtures(grouped)
+            findings += [_where(style, found) for style, found in numbers["mixtures"].items()]
             charts.append(_map(grouped[0]))
         tables.append(_costs(rows))
     if drawn[names[0]]:
         styles = list(drawn[names[0]][0]["by_style"])
         numbers["figures"] = {name: _means(drawn[name], styles) for name in names if drawn[name]}
         tables.append(_figures(numbers["figures"], styles))
+        findings += _drawn_in(names[0], drawn[names[0]], styles)
         charts.append(_distances(numbers["figures"], styles))
         if all(drawn[name] for name in rivals):
             told, numbers["against"] = _against(names[0], rivals, drawn, rows, styles)
@@ -57,6 +61,53 @@ def answer(
         tables.append(_weights(weighed))
         numbers["weights"] = [{key: row[key] for key in ("weights", "seed", "losses", "shares")} for row in weighed]
     return Answer(findings, numbers, tables, charts, pictures)
+
+
+def _mixtures(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Of each mixture of styles: its clients, how many of them are in a group mostly of either style, and the bits that
+    their descriptors leave open about the group, on average, beside those of clients with one style."""
+    found: dict[str, dict[str, Any]] = {}
+    for style in dict.fromkeys(style for row in rows for style in row["styles"].values() if not _is_pure(style)):
+        own = [(row, name) for row in rows for name in row["styles"] if row["styles"][name] == style]
+        pure = [(row, name) for row in rows for name in row["styles"] if _is_pure(row["styles"][name])]
+        most = [_mostly(row, row["groups"][name]) for row, name in own]
+        found[style] = {
+            "clients": len(own),
+            "with": {part: most.count(part) for part in shares_of(style)},
+            "entropy": fmean(row["entropies"][name] for row, name in own),
+            "entropy_of_others": fmean(row["entropies"][name] for row, name in pure) if pure else None,
+        }
+    return found
+
+
+def _mostly(row: Row, group: int) -> str | None:
+    """The style that most clients of one style in a group have; None where there are none of them."""
+    styles = [row["styles"][name] for name in row["groups"] if row["groups"][name] == group]
+    there = [style for style in styles if _is_pure(style)]
+    return max(sorted(set(there)), key=there.count) if there else None
+
+
+def _where(style: str, of: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{count} are in a group mostly of {own}" for own, count in of["with"].items())
+    others = "" if of["entropy_of_others"] is None else f", clients of one style {of['entropy_of_others']:.2f}"
+    return (
+        f"Of {of['clients']} clients with {style}, {told}. Their descriptors leave {of['entropy']:.2f} bits open about "
+        f"the group{others}."
+    )
+
+
+def _drawn_in(ours: str, rows: Sequence[Row], styles: Sequence[str]) -> list[str]:
+    """Does who has two styles draw in both?"""
+    found = []
+    for style in (style for style in styles if not _is_pure(style)):
+        told = {own: fmean(row["by_style"][style]["told"][own] for row in rows) for own in shares_of(style)}
+        seen = ", ".join(f"{share:.0%} for {own}" for own, share in told.items())
+        found.append(f"Of what clients of {ours} with {style} draw, a probe of five styles takes {seen}.")
+    return found
+
+
+def _is_pure(style: str) -> bool:
+    return len(shares_of(style)) == 1
 
 
 FIGURES = {
@@ -172,9 +223,9 @@ def _figures(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: S
     ]
     note = (
         "Of what personal models draw: the kernel distance to real renderings of that style, less the distance between "
-        "two halves of these, mean over halvings; the share that a probe of five styles takes for it; the share whose "
-        "nearest rendering is the thing that was asked for; the mean cosine with the centre of the style's renderings "
-        "(LSA-1)."
+        "two halves of these, mean over halvings; the share that a probe of five styles takes for it, or for one of a "
+        "mixture's; the share whose nearest rendering is the thing that was asked for; the mean cosine with the centre "
+        "of the style's renderings (LSA-1)."
     )
     return Table("What personal models draw", ("variant", "style", *FIGURES.values()), entries, note)
 
@@ -203,12 +254,19 @@ def _weights(rows: Sequence[Row]) -> Table:
 
 
 def _map(row: Row) -> Chart:
-    order = sorted(row["styles"], key=lambda name: (row["styles"][name], row["groups"][name], name))
+    order = sorted(row["styles"], key=lambda name: (*_beside(row["styles"][name]), row["groups"][name], name))
     place = {name: at for at, name in enumerate(row["styles"])}
     cosines = [[row["cosines"][place[a]][place[b]] for b in order] for a in order]
     labels = [f"{name}, {row['styles'][name]}" for name in order]
     drawing = group_map(labels, [row["groups"][name] for name in order], cosines)
     return Chart("groups", drawing, "Clients of the first seed, by style: a line wherever another group begins.")
+
+
+def _beside(style: str) -> tuple[str, float, str]:
+    """By what to sort, so that a mixture stands next to the style that most of it is."""
+    shares = shares_of(style)
+    most = max(shares, key=lambda own: shares[own])
+    return most, -shares[most], style
 
 
 def _distances(figures: Mapping[str, Mapping[str, Mapping[str, float]]], styles: Sequence[str]) -> Chart:
