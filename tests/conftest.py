@@ -21,6 +21,7 @@ CHECKED = (
     "objective",
     "infer",
     "evaluate",
+    "local.fit",
     "theory",
     "sequence",
     "study",

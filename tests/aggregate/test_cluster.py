@@ -43,9 +43,19 @@ def test_kinds_are_found(sizes, seed):
 
 
 def test_one_kind_is_not_cut():
-    descriptors, _ = kinds([9], spread=3.0)
+    descriptors, _ = kinds([9], spread=3.0, width=64)
     assert clustered(similarities(descriptors + 3)) == [0] * 9
     assert clustered(similarities(descriptors[:2])) == [0, 0] and clustered(similarities(descriptors[:1])) == [0]
+
+
+def test_kinds_that_are_alike_in_pairs_are_kept_apart():
+    """Two pairs of kinds have a better silhouette as two clusters than as four."""
+    descriptors, _ = kinds([3, 3, 3, 3], spread=0.1)
+    descriptors[3:6] += 2.5 * descriptors[0]
+    descriptors[9:] += 2.5 * descriptors[6]
+    similar = similarities(descriptors)
+    assert clustered(similar) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert clustered(similar, slack=0) == [0] * 6 + [1] * 6, "the best silhouette is that of two"
 
 
 def test_the_order_of_clients_does_not_matter():

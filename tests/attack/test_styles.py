@@ -20,7 +20,7 @@ from personae.backbone.text2image import TextToImage
 from personae.core import Client, ClientData, Images, State, Training, nothing, stream
 from personae.errors import ConfigError
 from personae.methods import ClusterLora
-from personae.methods.cluster_lora import projected
+from personae.methods.cluster_lora import LEVELS, projected
 from personae.personal.lora import Lora
 from personae.personal.tokens import Words
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
@@ -77,25 +77,28 @@ def test_styles_that_do_not_fit_are_refused(truth):
         naming(torch.zeros(2, 3), truth)
 
 
-def test_a_word_described_as_its_own_client_would(model):
-    """Someone whose word means "dog" sends exactly what the attacker expects of "dog"."""
+def test_a_word_described_as_pictures_would_that_pull_straight_to_it(model):
+    """Pictures whose loss is the distance to "dog" give exactly what the attacker expects of "dog"."""
     before = model.params()
-    expected = word_descriptors(model, {"a": "dog", "b": "cat"}, CAPTIONS, 8)
+    expected = word_descriptors(model, {"a": "dog", "b": "cat"}, 8)
     assert all(torch.equal(value, before[name]) for name, value in model.params().items()), "it is left as it was"
-    model.load({**before, "tokens.<own>": known_vectors(model)[token_of(model, "dog")][None]})
-    sent = projected(model.describe(CAPTIONS), 8)
-    assert sent.shape == (8,) and torch.allclose(sent, expected["a"])
+    word = before["tokens.<own>"].clone().requires_grad_()
+    (word - known_vectors(model)[token_of(model, "dog")]).square().sum().backward()
+    sent = projected(word.grad.flatten().repeat(LEVELS), 8)
+    assert sent.shape == (8,) and torch.allclose(sent, expected["a"], atol=1e-6)
     assert alike(sent[None], expected["b"][None]) < 0.99
 
 
 def test_a_word_of_several_tokens_is_refused(model):
     with pytest.raises(ConfigError, match="'zebra' is 5 tokens"):
-        word_descriptors(model, {"a": "zebra"}, CAPTIONS, 8)
+        word_descriptors(model, {"a": "zebra"}, 8)
 
 
 def test_a_shadow_does_what_a_client_does(model):
     """The same images and draws give the same description; others another."""
-    method = ClusterLora(Training(2, 0.01, 2), Training(3, 0.05, 2), Training(1, 0.01, 2), descriptor_width=8)
+    method = ClusterLora(
+        Training(2, 0.01, 2), Training(3, 0.05, 2), Training(1, 0.01, 2), describing=2, descriptor_width=8
+    )
     pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=stream(0))
     images = Images(pixels, captions=CAPTIONS * 2)
 

@@ -12,7 +12,7 @@ from personae.backbone.schedule import schedule
 from personae.backbone.unet import preset
 from personae.core import Client, ClientData, Images, Plan, Training, everything, neither, nothing, stream, under
 from personae.errors import ConfigError, Diverged, FederationError
-from personae.local.fit import _optimizers, _restore, fit, fit_together
+from personae.local.fit import _optimizers, _restore, fit, fit_together, gradients
 from personae.objective.proximal import proximal
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 
@@ -44,6 +44,36 @@ def moved(how, plan=None, train=PERSONAL):
 
 def differing(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# --- gradients without a step ------------------------------------------------------------------------------------
+
+
+def test_gradients_are_where_a_step_of_descent_would_go_and_nothing_moves():
+    before, client = made().model.params(), made()
+    found = gradients(client, PERSONAL, batches=1, batch_size=2, levels=1)
+    assert not differing(before, client.model.params())
+    stepped = made()
+    fit(stepped, PERSONAL, replace(SGD, steps=1))
+    went = before[EMBEDDING] - stepped.model.params()[EMBEDDING]
+    assert found.norm() > 0 and torch.allclose(found, went / SGD.lr, atol=1e-6)
+
+
+def test_each_level_of_noise_has_its_own_timesteps(monkeypatch):
+    client, seen = made(), []
+    real = type(client.model.schedule).add_noise
+    monkeypatch.setattr(
+        type(client.model.schedule), "add_noise", lambda self, x, noise, t: seen.append(t) or real(self, x, noise, t)
+    )
+    found = gradients(client, PERSONAL, batches=30, batch_size=8, levels=4)
+    steps = client.model.schedule.num_timesteps
+    levels = [torch.cat(seen[30 * level : 30 * level + 30]) * 4 // steps for level in range(4)]
+    assert found.shape == (4, 4) and [level.unique().tolist() for level in levels] == [[0], [1], [2], [3]]
+
+
+def test_gradients_of_nothing_are_an_error():
+    with pytest.raises(ConfigError, match="nothing to train"):
+        gradients(made(), nothing, batches=1, batch_size=2, levels=1)
 
 
 # --- the twin ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from personae.testing.contract import differing_states
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
 TRAINING = Training(2, 0.01, 2)
-METHOD = ClusterLora(TRAINING, Training(2, 0.05, 2), TRAINING, smallest_cluster=1, descriptor_width=8)
+METHOD = ClusterLora(TRAINING, Training(2, 0.05, 2), TRAINING, smallest_cluster=1, describing=2, descriptor_width=8)
 
 
 @pytest.fixture
@@ -249,15 +249,14 @@ def test_a_model_without_adapters_or_words_is_refused(make, parts):
         METHOD.init(make(**parts).initial(stream(0)))
 
 
-def test_captions_without_the_word_say_nothing_of_the_client(make):
-    model = make()
-    with pytest.raises(ConfigError, match="no caption says <own>"):
-        model.describe(("a dog",))
-    with pytest.raises(ConfigError, match="train them first"):
-        model.describe(("a <own> of a dog",))
-    model.load({**model.initial(stream(0)), "tokens.<own>": torch.ones(1, 16)})
-    one, other = model.describe(("a <own> of a dog",)), model.describe(("a <OWN> of a cat", "a tree"))
-    assert one.norm() == pytest.approx(1) and float(one @ other) > 0.9
+def test_captions_without_the_word_say_nothing_of_the_client(population):
+    server = METHOD.init(population.initial(0))
+    client = population.client("c0", 1, 0)
+    said = tuple(text.replace("<own>", "blue") for text in client.data.train.captions)
+    mute = replace(client, data=ClientData(replace(client.data.train, captions=said), client.data.heldout))
+    mute.model.load({**server.params, **mute.model.captions.initial()})
+    with pytest.raises(ConfigError, match="'c0': none of its captions says a word of its own"):
+        METHOD.local(mute, server, State())
 
 
 @pytest.mark.parametrize(

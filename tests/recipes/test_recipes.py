@@ -53,7 +53,7 @@ def test_two_rounds(name, command, tmp_path, tiny, clients, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = [o for o in tiny if recipe.data.partition is not None or "partition" not in o]
     overrides += [FEWER_IMAGES[recipe.data.source]] if recipe.data.source in FEWER_IMAGES else []
-    overrides += ["method.words.steps=2"] if hasattr(recipe.method, "words") else []
+    overrides += ["method.words.steps=2", "method.describing=1"] if hasattr(recipe.method, "words") else []
     overrides += ["federation.minimum=2"] if recipe.federation.minimum is not None else []
     settings = [part for override in overrides for part in ("--set", override)]
 
@@ -99,6 +99,8 @@ LITTLE_RUN = (
     *("rounds=2", "sampling.steps=2", "evaluation.num_images=8", "evaluation.loss_grid=2", "evaluation.loss_draws=1"),
     *("evaluation.kid_subsets=2", "method.adapt.steps=2"),
 )
+BRIEFLY = ("method.words.steps=2", "method.describing=1", "method.training.steps=1")
+
 LITTLE = {
     "pretraining": {
         "autoencoder_stretches": 1,
@@ -124,7 +126,7 @@ LITTLE = {
         "steps": 20,
     },
     "handover": {
-        "changes": ["method.words.steps=2", "method.training.steps=2"],
+        "changes": [*BRIEFLY],
         "seeds": [0],
         "shares": [0.0, 0.5],
         "num_names": 4,
@@ -141,13 +143,12 @@ LITTLE = {
         "degrees": [20.0],
     },
     "leakage": {
-        "changes": ["data.partition.num_clients=5", "method.words.steps=2", "method.training.steps=1"],
+        "changes": ["data.partition.num_clients=5", *BRIEFLY],
         "seeds": [0],
         "num_prompts": 2,
         "state_noises": [0.0],
         "num_shadows": 1,
         "shadow_images": 4,
-        "num_captions": 2,
         "noises": [0.0, 0.5],
         "num_draws": 2,
     },
@@ -186,7 +187,8 @@ LITTLE = {
 
 FOUR_CLIENTS = (
     *('data.styles=["noto","twemoji"]', "data.partition.num_clients=4", "data.heldout=0.05"),
-    *("method.smallest_cluster=1", "method.grouping_rounds=1", "method.words.steps=2", "method.training.steps=1"),
+    *("method.smallest_cluster=1", "method.grouping_rounds=1"),
+    *BRIEFLY,
 )
 """Of collaborative/styles."""
 

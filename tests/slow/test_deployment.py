@@ -317,7 +317,13 @@ def test_every_method_has_the_bits_of_one_process(folder):
 STYLES = (
     *LITTLE[:1],
     *('data.styles=["noto","twemoji"]', "data.partition.num_clients=2", "data.heldout=0.05"),
-    *("method.words.steps=2", "method.training.steps=1", "method.adapt.steps=1", "method.smallest_cluster=1"),
+    *(
+        "method.describing=1",
+        "method.words.steps=2",
+        "method.training.steps=1",
+        "method.adapt.steps=1",
+        "method.smallest_cluster=1",
+    ),
     *("evaluation.num_images=2", "evaluation.loss_grid=1", "evaluation.loss_draws=1", "sampling.steps=1"),
     *("federation.minimum=2", "federation.wait_seconds=200"),
 )

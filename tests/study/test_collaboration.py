@@ -26,6 +26,7 @@ LITTLE = (
     "data.heldout=0.05",
     "method.smallest_cluster=1",
     "method.words.steps=2",
+    "method.describing=1",
     "method.training.steps=1",
     "method.adapt.steps=1",
     "evaluation.num_images=2",

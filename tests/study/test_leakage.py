@@ -25,7 +25,13 @@ CHANGES = (
         'data.styles=["noto", "emojione", "twemoji"]',
         "backbone.lora.rank=1",
     ),
-    *("method.words.steps=3", "method.words.batch_size=2", "method.training.steps=1", "method.training.batch_size=2"),
+    *(
+        "method.describing=1",
+        "method.words.steps=3",
+        "method.words.batch_size=2",
+        "method.training.steps=1",
+        "method.training.batch_size=2",
+    ),
     *("method.adapt.steps=0", "method.smallest_cluster=1", "sampling.steps=1", "evaluation.num_images=2"),
     *("evaluation.loss_grid=1", "evaluation.loss_draws=1", "backbone.lora.rank=1"),
 )
@@ -39,7 +45,6 @@ num_prompts = 2
 state_noises = [0.0, 3.0]
 num_shadows = 2
 shadow_images = 4
-num_captions = 3
 noises = [0.0, 5.0]
 num_draws = 4
 """
@@ -119,7 +124,7 @@ def test_noise_is_measured_on_names_and_groups_alike(done):
     (row,) = rows(done, stage="styles")
     assert (without["word"], without["shadow"]) == (row["word"]["top_1"], row["shadow"]["top_1"])
     assert without["agreement"] == row["agreement"] and without["length"] == 0
-    assert noisy["length"] == pytest.approx(5 * 32**0.5) and 0 <= noisy["shadow"] <= 1
+    assert noisy["length"] == pytest.approx(5 * 64**0.5) and 0 <= noisy["shadow"] <= 1
 
 
 def test_the_answer_says_so(done):

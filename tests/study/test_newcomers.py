@@ -24,6 +24,7 @@ LITTLE = (
     "method.smallest_cluster=1",
     "method.grouping_rounds=1",
     "method.words.steps=1",
+    "method.describing=1",
     "method.training.steps=1",
     "method.adapt.steps=1",
     "evaluation.num_images=2",

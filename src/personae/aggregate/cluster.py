@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -43,11 +42,14 @@ def similarities(
     return both
 
 
-def clustered(similar: Float[Tensor, "K K"], *, most: int = 8, smallest: int = 3, least: float = 0.15) -> list[int]:
+def clustered(
+    similar: Float[Tensor, "K K"], *, most: int = 8, smallest: int = 3, least: float = 0.25, slack: float = 0.15
+) -> list[int]:
     """The cluster of each client, numbered from 0 in order of first appearance.
 
-    Average linkage on 1 - similarity, cut into the 2 to `most` clusters of the best mean silhouette, or not at all when
-    that is below `least`. A cluster of fewer than `smallest` joins the one that is nearest on average.
+    Average linkage on 1 - similarity, cut into 2 to `most` clusters, of which those of fewer than `smallest` join the
+    ones that are nearest on average. Of all cuts whose mean silhouette is within `slack` of the best it is the one with
+    the most clusters: kinds of kinds have the better silhouette. Not cut at all when the best is below `least`.
 
     Our choice: the paper that clusters clients by the likeness of their descriptors does not say how.
     Raises: ConfigError, for a matrix that is not square and symmetric.
@@ -61,12 +63,16 @@ def clustered(similar: Float[Tensor, "K K"], *, most: int = 8, smallest: int = 3
         return [0] * count
     far = apart.numpy()
     tree = linkage(squareform(far, checks=False), "average")
-    best, labels = least, np.zeros(count, dtype=int)
+    cuts: list[tuple[float, int, list[int]]] = []
     for number in range(2, min(most, count - 1) + 1):
-        cut = fcluster(tree, number, "maxclust")
-        if len(set(cut)) > 1 and (score := float(silhouette_score(far, cut, metric="precomputed"))) > best + 1e-9:
-            best, labels = score, cut
-    return _numbered(_joined(labels.tolist(), apart, smallest))
+        cut = _joined(fcluster(tree, number, "maxclust").tolist(), apart, smallest)
+        if (groups := len(set(cut))) > 1:
+            cuts.append((float(silhouette_score(far, cut, metric="precomputed")), groups, cut))
+    best = max((score for score, _, _ in cuts), default=-1.0)
+    if best <= least:
+        return [0] * count
+    good = [cut for cut in cuts if cut[0] >= best - slack]
+    return _numbered(max(good, key=lambda cut: (cut[1], cut[0]))[2])
 
 
 def _joined(labels: list[int], apart: Tensor, smallest: int) -> list[int]:

@@ -22,31 +22,30 @@ from personae.backbone.captions import Reader
 from personae.backbone.text2image import TextToImage
 from personae.core import Client, State, pick, stream
 from personae.errors import ConfigError
-from personae.methods.cluster_lora import DESCRIPTOR, ClusterLora, projected
+from personae.methods.cluster_lora import DESCRIPTOR, LEVELS, ClusterLora, projected
 from personae.personal.lora import is_lora
 from personae.personal.tokens import is_word
 
 # --- what the attacker compares with ---------------------------------------------------------------------------------
 
 
-def word_descriptors(
-    model: TextToImage, words: Mapping[str, str], captions: Sequence[str], width: int
-) -> dict[str, Float[Tensor, " D"]]:
-    """By style, the description that a client would send if its own word meant what the style's known word means.
+def word_descriptors(model: TextToImage, words: Mapping[str, str], width: int) -> dict[str, Float[Tensor, " D"]]:
+    """By style, the description that a client would send if its pictures pulled its own words straight to the style's
+    known word, at every level of noise alike.
 
-    The attacker has the pipeline, the recipe, which says new words and their number of vectors, and captions of its own
-    that say them. It needs no picture; a style whose word the model does not understand it cannot know.
+    The attacker has the pipeline, as it is before anybody trains, and the recipe, which says new words and their number
+    of vectors. It needs no picture; a style whose word the model does not understand it cannot know.
 
-    Raises: ConfigError, when a style's word is not a single token, or as `Captions.brought`.
+    Raises: ConfigError, when a style's word is not a single token.
     Source: ours, after the description of `ClusterLora`.
     """
-    before, table = model.params(), known_vectors(model)
+    table = known_vectors(model)
+    starts = [value for name, value in sorted(model.params().items()) if is_word(name)]
     found = {}
     for style, word in words.items():
         row = table[token_of(model, word)]
-        model.load({name: row.expand(value.shape) if is_word(name) else value for name, value in before.items()})
-        found[style] = projected(model.describe(captions), width)
-    model.load(before)
+        uphill = torch.cat([(start - row).flatten() for start in starts if start.shape[-1:] == row.shape])
+        found[style] = projected(uphill.repeat(LEVELS), width)
     return found
 
 

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from personae.errors import ConfigError
 from personae.personal.lora import TEXT, TEXT_2
-from personae.personal.tokens import TOKENS, NewWords, Words, plain
+from personae.personal.tokens import TOKENS, NewWords, Words
 
 AS_USUAL = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention as it goes where nobody chooses: a caption has the same bits whoever asks first."""
@@ -116,27 +116,6 @@ class Captions(nn.Module):
         if self.zeros_for_empty:
             found = [value.masked_fill(unconditional.view(-1, *[1] * (value.dim() - 1)), 0) for value in found]
         return found
-
-    def brought(self, captions: Sequence[str]) -> Float[Tensor, " D"]:
-        """What new words bring into captions, whatever else these say: how far the means of their tokens' vectors are
-        from those with the word that each new one started from. Averaged over captions, of unit length.
-
-        Raises: ConfigError, when no caption says a new word, or words are as they started.
-        """
-        options = next((each.options for each in self._words()), None)
-        said = [text for text in captions if options and any(word in text.lower() for word in options.words)]
-        if options is None or not said:
-            wanted = "a new word" if options is None else " or ".join(options.words)
-            raise ConfigError(f"no caption says {wanted}: there is nothing to describe")
-        known = [plain(text, options) for text in said]
-        conditional = torch.zeros(len(said), dtype=torch.bool, device=next(self.parameters()).device)
-        own, without = (self(texts, conditional)[0].float().mean(1).mean(0) for texts in (said, known))
-        difference = own - without
-        if not difference.norm() > 0:
-            raise ConfigError(
-                f"{' and '.join(options.words)} are still the words that they started from; train them first"
-            )
-        return difference / difference.norm()
 
     def check(self, captions: Sequence[str]) -> None:
         """Raises: ConfigError, when a caption is longer than the encoders read."""

@@ -200,15 +200,6 @@ class TextToImage(nn.Module):
         finally:
             self._added = None
 
-    @torch.no_grad()
-    def describe(self, captions: Sequence[str]) -> Float[Tensor, " D"]:
-        """What the new words bring into these captions, as `Captions.brought` says. On the CPU.
-
-        Raises: ConfigError.
-        """
-        self.captions.forget()
-        return self.captions.brought(captions).cpu()
-
     def _add(self, _: nn.Module, inputs: tuple[Any, ...], output: Float[Tensor, "B V"]) -> Float[Tensor, "B V"] | None:
         return None if self._added is None else output + self._added.to(output.dtype)
 

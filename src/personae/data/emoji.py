@@ -31,8 +31,9 @@ SEEN_STYLES = ("noto", "fluent-emoji-flat", "emojione")
 HELD_OUT_STYLES = ("twemoji", "fluent-emoji-high-contrast")
 STYLES = SEEN_STYLES + HELD_OUT_STYLES
 
-SPLITS = ("seen", "held_out", "all")
-"""Which names: those of pre-training, those never shown there, both."""
+SPLITS = ("seen", "held_out", "all", "common")
+"""Which names: those of pre-training, those never shown there, both; of those of pre-training the ones that scenes are
+made of, which a model knows best."""
 
 TEMPLATES = ("a {style} drawing of {thing}", "a {style} picture of {thing}", "{thing} in {style} style", "{thing}")
 """The first is used unless a seed chooses. The last leaves the style open."""
@@ -236,7 +237,8 @@ def named(names: str = "seen") -> tuple[str, ...]:
     """
     if names not in SPLITS:
         raise ConfigError(f"names is {names!r}, expected one of {', '.join(SPLITS)}")
-    return tuple(t.name for t in pack().things.values() if names == "all" or t.held_out == (names == "held_out"))
+    things = [t for t in pack().things.values() if names == "all" or t.held_out == (names == "held_out")]
+    return tuple(t.name for t in things if names != "common" or t.name in pack().scene)
 
 
 def caption(style: str | None, name: str, seed: int | None = None) -> str:

@@ -10,12 +10,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personae.core import Arrays, Batch, Client, Denoiser, Images, Noised, Plan, Select, Training
 from personae.errors import ConfigError, Diverged
-from personae.objective.denoising import denoising_each, noised
+from personae.objective.denoising import denoising, denoising_each, noised
 from personae.personal.embedding import clients_in, is_per_client
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -107,6 +108,30 @@ def fit_together(
     ]
 
 
+def gradients(client: Client, only: Select, *, batches: int, batch_size: int, levels: int) -> Float[Tensor, "levels P"]:
+    """Where the client's images pull parameters that stay where they are: the mean gradient of the denoising loss, at
+    the timesteps of each of `levels` equal parts of the schedule.
+
+    `P` numbers of all parameters that `only` selects, in the order of their names. Draws as `fit` does, in float32 and
+    with all captions. Raises: ConfigError, when nothing is selected.
+    """
+    model = client.model
+    moving = {name: p for name, p in sorted(model.live().items()) if only(name)}
+    _check([client], moving)
+    for name, parameter in model.live().items():
+        parameter.requires_grad_(name in moving)
+    examples, how = [_Examples(model, client.data.train)], Training(batches, 1.0, batch_size)
+    device, steps = next(iter(moving.values())).device, model.schedule.num_timesteps
+    found = torch.zeros(levels, sum(p.numel() for p in moving.values()))
+    for level in range(levels):
+        between = (level * steps // levels, (level + 1) * steps // levels)
+        for _ in range(batches):
+            loss = denoising(model, _noised([client], examples, how, device, between))
+            parts = torch.autograd.grad(loss, list(moving.values()), allow_unused=True, materialize_grads=True)
+            found[level] += torch.cat([part.flatten() for part in parts]).cpu() / batches
+    return found
+
+
 def _check(clients: Sequence[Client], moving: Mapping[str, nn.Parameter]) -> None:
     """Raises: ConfigError, unless these clients can train these parameters in one batch."""
     model, plan, names = clients[0].model, clients[0].plan, ", ".join(client.name for client in clients)
@@ -170,18 +195,26 @@ class _Examples:
         return torch.stack([self._kept[number] for number in wanted]).to(device)
 
 
-def _noised(clients: Sequence[Client], examples: Sequence[_Examples], how: Training, device: torch.device) -> Noised:
-    """Every client's examples, one client after the other, on their way through the model.
+def _noised(
+    clients: Sequence[Client],
+    examples: Sequence[_Examples],
+    how: Training,
+    device: torch.device,
+    between: tuple[int, int] | None = None,
+) -> Noised:
+    """Every client's examples, one client after the other, on their way through the model, at any timestep or at those
+    from the first of `between` to before the second.
 
     Each generator gives what it would give alone, in the same order: images, timesteps, dropout, noise.
     """
     model: Denoiser = clients[0].model
+    low, high = between or (0, model.schedule.num_timesteps)
     clean, times, dropped, captions = [], [], [], []
     for client, encoded in zip(clients, examples, strict=True):
         images = client.data.train
         index = torch.randint(len(images), (how.batch_size,), generator=client.rng)
         clean.append(encoded(index, device))
-        times.append(torch.randint(model.schedule.num_timesteps, (how.batch_size,), generator=client.rng))
+        times.append(torch.randint(low, high, (how.batch_size,), generator=client.rng))
         dropped.append(torch.rand(how.batch_size, generator=client.rng) < how.condition_dropout)
         captions += [images.captions[i] for i in index.tolist()] if images.captions else []
     x_0 = torch.cat(clean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +16,7 @@ from personae.aggregate.low_rank import Adapter, LowRank, read, stacked, written
 from personae.aggregate.newcomers import Familiar, familiar, redundancy, trust
 from personae.core import Arrays, Client, Select, State, Training, Update, Updates, pick, stream
 from personae.errors import ConfigError, EmptyRound
-from personae.local.fit import Fitted, fit
+from personae.local.fit import Fitted, fit, gradients
 from personae.personal.lora import A, B, is_lora
 from personae.personal.tokens import is_word
 
@@ -26,6 +26,10 @@ DESCRIPTOR = "descriptor"
 CLUSTER, CENTRE, REST, SEEN = "cluster", "centre", "rest", "seen"
 """Fronts of what the server keeps: "cluster.0.<layer>.lora_A", "centre.0", "rest.0.<layer>.lora_A", "seen.<client>"."""
 
+LEVELS = 4
+"""Parts of the noise schedule whose gradients stand one after the other in a description: what sets styles apart is at
+other levels for one style than for another. Our choice."""
+
 OF, NEWCOMER, WITHHELD = "cluster of ", "newcomer: ", "withheld"
 """Fronts of facts: each client's group, what is known of newcomers, groups whose adapter is not given to all yet."""
 
@@ -34,8 +38,9 @@ OF, NEWCOMER, WITHHELD = "cluster of ", "newcomer: ", "withheld"
 class ClusterLora:
     """Clients fine-tune adapters; the server groups clients of one style, combines inside a group, stacks the groups.
 
-    Before its first round a client learns its own words by textual inversion, beside the bare base, and describes its
-    captions by what these words bring into them. Words never leave it; adapters and the description do. A round then
+    Before its first round a client describes itself, by where its pictures pull its own words from where all clients'
+    words start, and learns these by textual inversion, beside the bare base. Words never leave it; adapters and the
+    description do. A round then
     trains the adapters from the client's group's. In the end everyone takes the adapter of the group whose centre its
     description is nearest to, and trains it for `adapt` more steps on its own images; who comes later learns words
     first. A group of one is that client: `smallest_cluster` says how many stand behind what all are given, once as many
@@ -70,6 +75,7 @@ class ClusterLora:
     smallest_cluster: int = 3
     grouping_rounds: int = 3
     probation: int = 3
+    describing: int = 32
     descriptor_width: int = 64
     weigh_sign: Literal["distinct", "conservative"] = "distinct"
     weigh_trace: Literal["a", "b", "c"] = "a"
@@ -81,7 +87,7 @@ class ClusterLora:
         if self.inside not in get_args(Inside):
             raise ConfigError(f"inside is {self.inside!r}; expected one of {', '.join(get_args(Inside))}")
         least = {"most_clusters": 1, "smallest_cluster": 1, "descriptor_width": 1, "attackers": 0}
-        least |= {"grouping_rounds": 1, "probation": 0}
+        least |= {"grouping_rounds": 1, "probation": 0, "describing": 1}
         least |= {"size_power": 0, "distance_power": 0, "trace_power": 0}
         if low := [
             f"{n} is {getattr(self, n)}, expected at least {m}" for n, m in least.items() if getattr(self, n) < m
@@ -314,17 +320,25 @@ class ClusterLora:
         return State(client.model.params())
 
     def _introduced(self, client: Client, adapter: Arrays) -> Tensor:
-        """Learn the client's words beside the bare base, and describe its captions by them.
+        """Describe the client by where its pictures pull its words, then learn these, both beside the bare base.
 
-        Shapes: the descriptor is [descriptor_width], or as wide as a token's vector where that is less.
+        Shapes: the descriptor is [descriptor_width], or as long as the gradients are where that is less.
+        Raises: ConfigError, when no caption says a word.
         """
         model: Any = client.model
         nothing_yet = {name: torch.zeros_like(value) if name.endswith(B) else value for name, value in adapter.items()}
         model.load({**pick(model.params(), is_word), **nothing_yet})
-        fit(client, is_word, self.words)
-        whole = model.describe(client.data.train.captions)
+        how = self.words
+        apart = replace(client, rng=stream(client.rng.initial_seed(), "description"))  # words learn by the same draws
+        pull = gradients(apart, is_word, batches=self.describing, batch_size=how.batch_size, levels=LEVELS)
+        if not pull.norm() > 0:
+            raise ConfigError(
+                f"client {client.name!r}: none of its captions says a word of its own, so nothing describes it; put "
+                "the recipe's new word into data.caption, or into the captions"
+            )
+        fit(client, is_word, how)
         model.load({**pick(model.params(), is_word), **adapter})
-        return projected(whole, self.descriptor_width)
+        return projected(pull.flatten(), self.descriptor_width)
 
     def _fit_adapter(self, client: Client, how: Training) -> Fitted:
         return fit(client, is_lora if self.inside != "common_A" else _is_B, how)
@@ -339,7 +353,7 @@ FACTORS: Mapping[str, Callable[[Sequence[Adapter], Sequence[float]], dict[str, L
 
 
 def projected(whole: Tensor, width: int) -> Tensor:
-    """What words bring into captions, in fewer numbers: along directions that everybody knows, of unit length.
+    """Where pictures pull words, in fewer numbers: along directions that everybody knows, of unit length.
 
     Shapes: `whole` is [D]; the result [width], or `whole` itself where D is not more.
     """

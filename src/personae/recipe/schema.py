@@ -64,7 +64,7 @@ class Data:
     name: str = "own"
     caption: str | None = None
     styles: tuple[str, ...] | None = None
-    names: Literal["seen", "held_out", "all"] | None = None
+    names: Literal["seen", "held_out", "all", "common"] | None = None
     told: bool | None = None
     style: str | None = None
     person: int | None = None

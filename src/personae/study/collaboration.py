@@ -39,7 +39,7 @@ from personae.evaluate.text2image_features import statistics
 from personae.infer.sample import draw
 from personae.methods.cluster_lora import WITHHELD, ClusterLora, groups_of
 from personae.personal.tokens import is_word
-from personae.recipe.build import build_clients
+from personae.recipe.build import Clients, build_clients
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model
 from personae.recipe.workflow import SavedRun, open_run
@@ -158,7 +158,8 @@ class Collaboration:
 
     def _drawn(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         run = open_run(_folder(folder, cell))
-        styles = styles_of(build_clients(run.recipe), run.recipe.data.styles)
+        clients = build_clients(run.recipe)
+        styles = styles_of(clients, run.recipe.data.styles)
         by_style: dict[str, dict[str, Any]] = {}
         grids = []
         for style in dict.fromkeys(styles.values()):
@@ -166,7 +167,8 @@ class Collaboration:
             names = [scene_names()[at] for at in order]
             parts, told = [], []
             for place, client in enumerate(name for name, own in styles.items() if own == style):
-                own = [names[(place * self.num_names + at) % len(names)] for at in range(self.num_names)]
+                new = [name for name in names if name not in _held(clients, client)]
+                own = [new[(place * self.num_names + at) % len(new)] for at in range(self.num_names)]
                 parts.append(self._of_client(run, client, own, seed))
                 told += own
                 if place == 0:
@@ -252,6 +254,13 @@ class Collaboration:
     def answer(self, found: Sequence[Row]) -> Answer:
         names = [variant.name for variant in self.variants]
         return answer(found, names, self.rivals, {name: best_rate(found, name) for name in names})
+
+
+def _held(clients: Clients, name: str) -> set[str]:
+    """The names of a client's pictures. It is judged by others: it could draw its own from memory."""
+    every, data = list(pack().things), clients.data[name]
+    labels = [images.labels for images in (data.train, data.heldout) if images.labels is not None]
+    return {every[label] for each in labels for label in each.tolist()}
 
 
 def best_rate(found: Sequence[Row], variant: str) -> float | None:

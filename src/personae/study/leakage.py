@@ -25,7 +25,7 @@ from torch import Tensor
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, save_state
 from personae.backbone.shipped import model_folder
-from personae.core import Arrays, Client, ClientData, State, stream
+from personae.core import Arrays, Client, ClientData, Images, State, stream
 from personae.data.emoji import SEEN_STYLES, emoji, named, pack
 from personae.errors import ConfigError
 from personae.evaluate.grouping import adjusted_rand
@@ -54,8 +54,7 @@ class Leakage:
 
     `num_prompts` of the clients' captions are read back, with noise of `state_noises` standard deviations on their
     states. The attacker describes each style `num_shadows` times, from `shadow_images` pictures whose names no client
-    has, and once from its known word with `num_captions` captions. `noises` on descriptions are drawn `num_draws`
-    times.
+    has, and once from its known word alone. `noises` on descriptions are drawn `num_draws` times.
     """
 
     recipe: str = "collaborative/styles"
@@ -65,12 +64,11 @@ class Leakage:
     state_noises: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0)
     num_shadows: int = 3
     shadow_images: int = 56
-    num_captions: int = 50
     noises: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
     num_draws: int = 50
 
     def __post_init__(self) -> None:
-        least = {"num_prompts": 2, "num_shadows": 1, "shadow_images": 1, "num_captions": 1, "num_draws": 1}
+        least = {"num_prompts": 2, "num_shadows": 1, "shadow_images": 1, "num_draws": 1}
         problems = [
             f"{n} is {getattr(self, n)}, expected at least {m}" for n, m in least.items() if getattr(self, n) < m
         ]
@@ -79,8 +77,8 @@ class Leakage:
                 problems.append(f"{name} are {list(getattr(self, name))}, expected one or more, at least 0")
         if not self.seeds:
             problems.append("seeds are missing")
-        if (most := len(named("seen"))) < max(self.shadow_images, self.num_captions):
-            problems.append(f"shadow_images and num_captions are of {most} public names, and so at most as many")
+        if (most := len(named("seen"))) < self.shadow_images:
+            problems.append(f"shadow_images is {self.shadow_images}, and of {most} public names")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -125,7 +123,12 @@ class Leakage:
     def _shadow(self, sides: Sides, style: str, seed: int, to: Path) -> Mapping[str, Any]:
         from personae.attack.styles import shadow_descriptor
 
-        public = emoji([style], names="seen", wording=sides.recipe.data.caption).images
+        public = _public_pictures(style, sides.recipe)
+        if len(public) < self.shadow_images:
+            raise ConfigError(
+                f"shadow_images is {self.shadow_images}, and there are {len(public)} names of pre-training that no "
+                f"client of {sides.recipe.name} has; lower it, or give the clients fewer names with data.names"
+            )
         model, found = open_run(sides.folder).denoiser, []
         for number in range(self.num_shadows):
             rng = stream(seed, "shadow", style, number)
@@ -179,12 +182,8 @@ class Leakage:
         """What each attacker compares with: of every style some descriptors, in the order of styles."""
         from personae.attack.styles import word_descriptors
 
-        recipe = sides.recipe
-        order = torch.randperm(len(named("seen")), generator=stream(seed, "attacker's captions"))[: self.num_captions]
-        things = [pack().things[named("seen")[at]].phrase for at in order.tolist()]
-        captions = [str(recipe.data.caption).replace("{thing}", thing) for thing in things]
         words = {style: pack().words[style] for style in sides.styles}
-        by_word = word_descriptors(_public(recipe), words, captions, sides.method.descriptor_width)
+        by_word = word_descriptors(_public(sides.recipe), words, sides.method.descriptor_width)
         return {
             "word": [by_word[style][None] for style in sides.styles],
             "shadow": [load_state(shadows[style]).extras[DESCRIPTOR] for style in sides.styles],
@@ -347,6 +346,14 @@ def _check(recipe: Recipe) -> ClusterLora:
     if lacking := [what for what, there in wanted.items() if not there]:
         raise ConfigError(f"{recipe.name}: this study needs {'; '.join(lacking)}")
     return method
+
+
+def _public_pictures(style: str, recipe: Recipe) -> Images:
+    """Of names of pre-training that no client has."""
+    every, known = list(pack().things), set(named(recipe.data.names or "seen"))
+    images = emoji([style], names="seen", wording=recipe.data.caption).images
+    labels = images.labels.tolist() if images.labels is not None else []
+    return images[torch.tensor([at for at, label in enumerate(labels) if every[label] not in known], dtype=torch.long)]
 
 
 def _styles_of(recipe: Recipe) -> tuple[str, ...]:

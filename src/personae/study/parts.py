@@ -11,6 +11,7 @@ how many bytes is the part, how long did it take.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class Parts:
             figures |= {"found": likeness.drawn.nearest.share, "found_real": likeness.real.nearest.share}
             figures |= {"margin": likeness.drawn.margin.mean, "margin_real": likeness.real.margin.mean}
         (folder / "pictures").mkdir(exist_ok=True)
-        name = "-".join(str(cell[key]) for key in ("part", "subject", "rate", "seed") if key in cell)
+        name = file_name(*(str(cell[key]) for key in ("part", "subject", "rate", "seed") if key in cell))
         save_grid(folder / "pictures" / f"{name}.png", torch.cat([drawn[:8], strange[:8]]), columns=8)
         return figures | {"picture": f"pictures/{name}.png"}
 
@@ -242,6 +243,11 @@ class Parts:
         return min(whole.values(), key=lambda rows: fmean(row["loss"] for row in rows), default=())
 
 
+def file_name(*parts: str) -> str:
+    """Without spaces, which a link in a page does not survive."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
+
+
 # --- a client's pictures ----------------------------------------------------------------------------------------------
 
 
@@ -257,8 +263,8 @@ class Own:
 def pictures_of(subject: Subject, seed: int, with_word: bool) -> Own:
     """`with_word` says the subject by WORD; without it, captions leave open what is particular."""
     if subject.kind == "style":
-        order = torch.randperm(len(named("seen")), generator=stream(seed, "names", subject.name)).tolist()
-        names = [named("seen")[at] for at in order]
+        order = torch.randperm(len(named("common")), generator=stream(seed, "names", subject.name)).tolist()
+        names = [named("common")[at] for at in order]
         said = f"a {WORD} drawing of {{thing}}" if with_word else WITHOUT_STYLE
         texts = [said.format(thing=pack().things[name].phrase) for name in names]
         images = Images(renderings(subject.style, names[: subject.images]), captions=tuple(texts[: subject.images]))
@@ -291,8 +297,8 @@ def _probe() -> StyleProbe:
 
 
 def _unrelated(count: int, seed: int) -> list[str]:
-    """Captions of seen things in seen styles."""
-    names = named("seen")
+    """Captions of common things in seen styles."""
+    names = named("common")
     order = torch.randperm(len(names), generator=stream(seed, "unrelated names"))[:count].tolist()
     return [caption(SEEN_STYLES[at % len(SEEN_STYLES)], names[place]) for at, place in enumerate(order)]
 
@@ -365,4 +371,4 @@ def _chart(subject: Subject, rows: Sequence[Mapping[str, Any]], base: Mapping[st
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     drawing = chart(f"parts-{subject.name}", 6.6, 3.4, draw, f"what parts give for {subject.name}")
-    return Chart(subject.name, drawing, "Up is better for dots, down for squares.")
+    return Chart(file_name(subject.name), drawing, "Up is better for dots, down for squares.")
