@@ -1,4 +1,4 @@
-"""Naming a client's style from what it sends, or would: the description of its captions, the vector of its own word.
+"""Naming a client's style from what it sends, or would: its description, the vector of its own word.
 
 Letters in shapes: `K` clients, `S` styles, `D` numbers of a descriptor or of a token's vector, `V` known tokens, `N`
 vectors of a word.

@@ -232,6 +232,12 @@ class Parts:
                     f"{winner['found']:.0%} with {winner['name']} ({winner['bytes']:,.0f} bytes, drift "
                     f"{winner['drift']:.2f}); real pictures: {winner['found_real']:.0%}."
                 )
+                nearest = min(rows[1:], key=lambda row: row["loss"])
+                findings.append(
+                    f"{subject.name}: the loss on pictures held out falls from {base['loss']:.2f} to "
+                    f"{nearest['loss']:.2f} with {nearest['name']} ({nearest['bytes']:,.0f} bytes, drift "
+                    f"{nearest['drift']:.2f})."
+                )
         return Answer(findings, {"rows": numbers}, tables, charts, pictures)
 
     def _best(self, found: Sequence[Row], part: Part, subject: Subject) -> Sequence[Row]:
