@@ -6,11 +6,12 @@ import pytest
 
 from personae.errors import ConfigError
 from personae.study import advantage
-from personae.study.advantage import Advantage, Contender, World
+from personae.study.adaptation import Rival
+from personae.study.advantage import Advantage, World
 
 STUDY = Advantage(
     worlds=(World("few"), World("many", ("data.partition.num_clients=30",))),
-    rivals=(Contender("spire", "digits/spire", (0.1, 0.3)), Contender("fedavg_ft", "digits/fedavg_ft", (1e-4, 3e-4))),
+    rivals=(Rival("spire", "digits/spire", (0.1, 0.3)), Rival("fedavg_ft", "digits/fedavg_ft", (1e-4, 3e-4))),
     images=(8, 32),
 )
 
@@ -82,7 +83,7 @@ def test_each_number_of_images_has_its_rate(monkeypatch, tmp_path):
     [
         ({"worlds": (World("few"), World("few"))}, "worlds are"),
         ({"rivals": STUDY.rivals[:1]}, "expected 2 or more"),
-        ({"images": (8,)}, "one above 0 for each of images"),
+        ({"images": (8,)}, "one for each of images"),
         ({"images": (8, 0)}, "at least 1"),
         ({"worlds": (World("odd", ("data.partition.num_client=3",)),)}, "num_client"),
     ],

@@ -29,6 +29,7 @@ from personae.artefact.save import (
     json_text,
     load_state,
     read_json,
+    read_lines,
     read_metadata,
     save_state,
     sync_file,
@@ -93,14 +94,7 @@ class RunFolder:
     def rounds(self, upto: int) -> list[dict[str, Any]]:
         """The records of rounds 1..upto. A line cut short by a kill belongs to a later round and is left out."""
         path = self.path / "rounds.jsonl"
-        records = []
-        if path.exists():
-            with explained(path, "reading"):
-                lines = path.read_text("utf-8", "replace").splitlines()
-            for line in lines:
-                with suppress(ValueError):
-                    records.append(json.loads(line))
-        kept = [record for record in records if record["round"] <= upto]
+        kept = [record for record in read_lines(path) if record["round"] <= upto]
         if [record["round"] for record in kept] != list(range(1, upto + 1)):
             raise ArtefactError(f"{path} does not hold rounds 1 to {upto} in order; it was edited or damaged")
         return kept

@@ -21,6 +21,7 @@ from personae.core import Training
 from personae.errors import ConfigError
 from personae.evaluate.charts import chart
 from personae.recipe.config import load_recipe
+from personae.study.adaptation import Rival
 from personae.study.bench import open_bench, trained
 from personae.study.stats import Interval, paired
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
@@ -40,25 +41,16 @@ class World:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One method: a run's recipe, what is changed of it, and a new client's learning rate for each number of images."""
-
-    name: str
-    recipe: str
-    rates: tuple[float, ...]
-    changes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Advantage:
-    """The first of `rivals` is the one that the others are compared with, in every one of `worlds`.
+    """The first of `rivals` is the one that the others are compared with, in every one of `worlds`; each has a learning
+    rate for each number of images.
 
     `images` are numbers of a new client's images, which it adapts from in `steps` steps; `num_drawn` pictures are drawn
     of each. `changes` are for everybody.
     """
 
     worlds: tuple[World, ...]
-    rivals: tuple[Contender, ...]
+    rivals: tuple[Rival, ...]
     images: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
     steps: int = 200
@@ -76,9 +68,9 @@ class Advantage:
         if not self.seeds or not self.images or min(*self.images, self.steps) < 1:
             raise ConfigError("seeds, and numbers of images and of steps of at least 1, are needed")
         for rival in self.rivals:
-            if len(rival.rates) != len(self.images) or min(rival.rates) <= 0:
+            if len(rival.rates) != len(self.images):
                 raise ConfigError(
-                    f"rival {rival.name!r}: rates are {list(rival.rates)}, expected one above 0 for each of images "
+                    f"rival {rival.name!r}: rates are {list(rival.rates)}, expected one for each of images "
                     f"{list(self.images)}"
                 )
             for world in self.worlds:
@@ -111,7 +103,7 @@ class Advantage:
         people = {name: bench.adapted(name, how, images, self.num_drawn, 0) for name in bench.clients.new}
         return {"clients": {name: {key: told[key] for key in keys} for name, told in people.items()}}
 
-    def _changes(self, world: World, rival: Contender) -> list[str]:
+    def _changes(self, world: World, rival: Rival) -> list[str]:
         return [*self.changes, *world.changes, *rival.changes]
 
     # --- the answer --------------------------------------------------------------------------------------------------
