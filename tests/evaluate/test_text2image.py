@@ -99,7 +99,17 @@ def test_a_probe_takes_any_features(probe):
     assert 1 / 3 < pooled_probe.real.overall.share < probe.real.overall.share  # what is where says less of a style
 
 
+def test_four_probes_leave_out_every_name_once_and_whole_families(probe):
+    probes = [probe, *(fit_style_probe(features=pooled(), quarter=quarter) for quarter in (1, 2, 3))]
+    left_out = [name for each in probes for name in each.other_names]
+    assert sorted(left_out) == sorted(named("seen"))
+    families = [{pack().things[name].family for name in each.other_names} for each in probes]
+    assert sum(len(each) for each in families) == len(set().union(*families))
+
+
 def test_a_probe_refuses(probe):
+    with pytest.raises(ConfigError, match="quarter is 4, expected 0 to 3"):
+        fit_style_probe(quarter=4)
     with pytest.raises(ConfigError, match="no style is called cubism; expected some of noto"):
         fit_style_probe(["noto", "cubism"])
     with pytest.raises(ConfigError, match="two or more"):

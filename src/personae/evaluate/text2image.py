@@ -39,6 +39,8 @@ from personae.evaluate.text2image_features import (
 FIT = 1
 """Seed of the noise that is learned from: none of it is in what is measured."""
 
+QUARTERS = 4
+
 # --- styles ----------------------------------------------------------------------------------------------------------
 
 
@@ -91,15 +93,17 @@ class StyleProbe:
         return StyleScore(found, self.real, self.worn, 1 / len(self.styles))
 
 
-def fit_style_probe(styles: Sequence[str] = SEEN_STYLES, features: Features | None = None, seed: int = 0) -> StyleProbe:
+def fit_style_probe(
+    styles: Sequence[str] = SEEN_STYLES, features: Features | None = None, seed: int = 0, quarter: int = 0
+) -> StyleProbe:
     """Learn styles from real renderings of three quarters of the seen names, measured on the other names.
 
-    Names are divided by family, so that no look-alike is on both sides. Learned from are the renderings as they are,
-    with noise, blurred, and both: a probe of clean ones alone fails on pictures that are a little soft or noisy, as
-    drawn ones are. Without `features` those of `statistics`. Equal arguments give equal
-    probes.
+    Names are divided by family, so that no look-alike is on both sides. The four values of `quarter` leave out each
+    name once: with all four probes, every name is judged by one that has not met it. Learned from are the renderings as
+    they are, with noise, blurred, and both: a probe of clean ones alone fails on pictures that are a little soft or
+    noisy, as drawn ones are. Without `features` those of `statistics`. Equal arguments give equal probes.
 
-    Raises: ConfigError, when a style is unknown, or there are fewer than two.
+    Raises: ConfigError, when a style is unknown, there are fewer than two, or there is no such quarter.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -108,8 +112,10 @@ def fit_style_probe(styles: Sequence[str] = SEEN_STYLES, features: Features | No
     check_known("style", styles, STYLES)
     if len(set(styles)) < max(2, len(styles)):
         raise ConfigError(f"styles are {list(styles)}, expected two or more of {', '.join(STYLES)}, each once")
+    if quarter not in range(QUARTERS):
+        raise ConfigError(f"quarter is {quarter}, expected 0 to {QUARTERS - 1}")
     features = features or statistics()
-    names, others = _divided(seed)
+    names, others = _divided(seed, quarter)
     pictures = torch.cat([renderings(style, names) for style in styles])
     learned = [pictures, worn(pictures, seed=FIT), worn(pictures, blur=False, seed=FIT), worn(pictures, 0.0)]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=1000))
@@ -124,12 +130,13 @@ def _told(styles: Sequence[str], features: Features, model: Any, pictures: Tenso
     return tuple(styles[number] for number in model.predict(features.extract(pictures).numpy()))
 
 
-def _divided(seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _divided(seed: int, quarter: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The seen names, but for a quarter of their families, and the names of that quarter."""
     family = {name: pack().things[name].family for name in named("seen")}
     families = sorted(set(family.values()))
     order = torch.randperm(len(families), generator=stream(seed, "style probe")).tolist()
-    kept_out = {families[place] for place in order[: len(families) // 4]}
+    begin, end = (at * len(families) // QUARTERS for at in (quarter, quarter + 1))
+    kept_out = {families[place] for place in order[begin:end]}
     names = tuple(name for name in family if family[name] not in kept_out)
     return names, tuple(name for name in family if family[name] in kept_out)
 

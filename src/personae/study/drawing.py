@@ -27,7 +27,7 @@ from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.copying import nearest_distance
 from personae.evaluate.features import lite0
 from personae.evaluate.grids import save_grid
-from personae.evaluate.text2image import fit_name_maps, fit_style_probe, nearest_name
+from personae.evaluate.text2image import QUARTERS, StyleProbe, fit_name_maps, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import renderings
 from personae.evaluate.text2image_scenes import score_scenes
 from personae.infer.sample import draw, to_bytes
@@ -71,18 +71,15 @@ class Drawing:
         return self._names(seed, folder) if cell["stage"] == "names" else self._scenes(seed, folder)
 
     def _names(self, seed: int, folder: Path) -> Mapping[str, Any]:
-        probe = fit_style_probe()
-        order = torch.randperm(len(scene_names()), generator=stream(seed, "names")).tolist()
-        order.sort(key=lambda at: scene_names()[at] not in probe.other_names)  # styles are told on what it has not met
-        order = order[: self.num_names]
+        probes = [fit_style_probe(quarter=quarter) for quarter in range(QUARTERS)]
+        order = torch.randperm(len(scene_names()), generator=stream(seed, "names")).tolist()[: self.num_names]
         names = [scene_names()[at] for at in order] * len(SEEN_STYLES)
         styles = [style for style in SEEN_STYLES for _ in order]
         real = torch.cat([renderings(style, names[: len(order)]) for style in SEEN_STYLES])
         drawn, back = self._drawn([caption(s, n) for s, n in zip(styles, names, strict=True)], real, seed)
-        fresh = [at for at, name in enumerate(names) if name in probe.other_names]
         figures: dict[str, Any] = {
             "style": {
-                what: _share(probe.score(pictures[fresh], [styles[at] for at in fresh]).drawn)
+                what: _right_styles(probes, pictures, names, styles)
                 for what, pictures in (("drawn", drawn), ("real", real), ("through the autoencoder", back))
             },
             "nearest rendering": {
@@ -162,7 +159,7 @@ class Drawing:
         columns = ("right", "drawn", "through the autoencoder", "real", "chance", "drawn / real")
         seen, scene = len(named("seen")), len(scene_names())
         note = (
-            f"Style: by a probe of {len(SEEN_STYLES)} styles, on names that it did not learn. Nearest "
+            f"Style: by probes of {len(SEEN_STYLES)} styles, each on names that it did not learn. Nearest "
             f"rendering: of {seen} in that style, the one asked for; real ones with a little blur and noise. "
             f"Name: by a map from features to sentence vectors that never saw the style, of {scene} names. "
             "Scenes: both things by their nearest rendering."
@@ -199,5 +196,11 @@ def _chart(rows: Sequence[Sequence[Any]]) -> Chart:
     return Chart("captions", chart("captions", 7.0, 0.9 + 0.42 * len(rows), draw, "what captions say"), told)
 
 
-def _share(found: Any) -> float:
-    return float(found.overall.share)
+def _right_styles(probes: Sequence[StyleProbe], pictures: Tensor, names: Sequence[str], styles: Sequence[str]) -> float:
+    """The share of pictures whose style is told, each by the probe that has not met its name."""
+    right = 0
+    for probe in probes:
+        if fresh := [at for at, name in enumerate(names) if name in probe.other_names]:
+            told = probe.tell(pictures[fresh])
+            right += sum(styles[at] == style for at, style in zip(fresh, told, strict=True))
+    return right / len(names)
