@@ -402,6 +402,95 @@ def test_with_as_many_groups_as_may_be_a_stranger_joins_the_likest(make):
     assert second.facts["cluster of x0"] == second.facts["cluster of b0"]
 
 
+# --- groups that have been there for a while -------------------------------------------------------------------------
+
+NOISY = {
+    name: AXES[axis] + 0.1 * torch.randn(8, generator=stream(seed, "noise"))
+    for seed, (name, axis) in enumerate(
+        (n, k) for k, kind in enumerate("abc") for n in (f"{kind}{i}" for i in range(4))
+    )
+}
+
+
+def misgrouped(make, groups, adapters=None):
+    """A server after its first round, which has put these clients into these groups."""
+    method = replace(METHOD, grouping_rounds=1, smallest_cluster=2, inside="factor_mean")
+    server = method.init(make().initial(stream(0)))
+    start = read(server.params)
+    descriptors = {name: NOISY[name] for name in groups}
+    sent = adapters or {name: drawn(k, start) for k, name in enumerate(groups)}
+    server = method.aggregate(server, updates_of(sent, descriptors))
+    extras = {n: v for n, v in server.extras.items() if not n.startswith(("cluster.", "centre.", "rest."))}
+    for number in set(groups.values()):
+        own = [name for name in groups if groups[name] == number]
+        whole = factor_mean([sent[name] for name in own], shares_of([1] * len(own)))
+        extras |= {f"cluster.{number}.{n}": v for n, v in written(whole).items()}
+        extras[f"centre.{number}"] = torch.stack([descriptors[name] for name in own]).mean(0)
+    count = max(groups.values()) + 1
+    facts = {**server.facts, "clusters": count, **{f"cluster of {name}": number for name, number in groups.items()}}
+    return method, replace(server, extras=extras, facts=facts), start
+
+
+def groups_in(server, names):
+    return [server.facts[f"cluster of {name}"] for name in names]
+
+
+def test_a_group_of_two_kinds_is_split_and_both_go_on_from_what_it_was(make):
+    names = [name for name in NOISY if name[1] != "3"]
+    method, server, start = misgrouped(make, {name: int(name[0] != "a") for name in names})
+    whole = method.broadcast(server, "b0").params
+    after = method.aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+    assert groups_in(after, names) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and after.facts["clusters"] == 3
+    assert same(method.broadcast(after, "b0").params, whole) and same(method.broadcast(after, "c2").params, whole)
+    again = method.aggregate(after, updates_of({"c0": drawn(51, start)}, NOISY))
+    assert groups_in(again, names) == groups_in(after, names)
+    assert same(method.broadcast(again, "b0").params, whole) and not same(method.broadcast(again, "c2").params, whole)
+
+
+def test_as_long_as_somebody_is_new_and_with_as_many_groups_as_may_be_none_is_split(make):
+    names = [name for name in NOISY if name[1] != "3"]
+    method, server, start = misgrouped(make, {name: int(name[0] != "a") for name in names})
+    new = method.aggregate(server, updates_of({"c3": drawn(50, start)}, NOISY))
+    assert groups_in(new, names) == groups_in(server, names)
+    one = replace(method, most_clusters=2).aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+    assert groups_in(one, names) == groups_in(server, names)
+    early = replace(method, grouping_rounds=2).aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+    assert groups_in(early, names) == groups_in(server, names)
+
+
+def test_who_is_on_probation_goes_with_the_most_alike_of_its_group(make):
+    names = [name for name in NOISY if name[1] != "3"]
+    method, server, start = misgrouped(make, {name: int(name[0] != "a") for name in names})
+    new = method.aggregate(server, updates_of({"c3": drawn(50, start)}, NOISY))
+    after = method.aggregate(new, updates_of({"c3": drawn(50, start)}, NOISY))
+    assert after.facts["cluster of c3"] == after.facts["cluster of c0"] != after.facts["cluster of b0"]
+
+
+def test_two_groups_of_one_kind_are_merged_and_both_come_in_by_their_members(make):
+    groups = {**{f"a{k}": 0 for k in range(4)}, "b0": 1, "b1": 1, "b2": 2, "b3": 1}
+    start = read(METHOD.init(make().initial(stream(0))).params)
+    one = drawn(3, start)
+    sent = {
+        name: {x: LowRank(one[x].B, (1 + k) * c.A) for x, c in drawn(k, start).items()} for k, name in enumerate(groups)
+    }
+    method, server, _ = misgrouped(make, groups, sent)
+    before = [read(method.broadcast(server, name).params) for name in ("b0", "b2")]
+    after = replace(method, smallest_cluster=3).aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+    assert groups_in(after, groups) == [0, 0, 0, 0, 1, 1, 1, 1] and after.facts["clusters"] == 2
+    assert close(read(method.broadcast(after, "b2").params), factor_mean(before, [0.75, 0.25]))
+    assert not close(before[0], before[1])
+
+
+def test_who_is_in_the_wrong_group_moves_after_three_rounds(make):
+    names = ["a0", "a1", "a2", "b0", "b1", "b2", "b3"]
+    method, server, start = misgrouped(make, {name: int(name in ("b0", "b1", "b2")) for name in names})
+    for number in (1, 2):
+        server = method.aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+        assert groups_in(server, names) == [0, 0, 0, 1, 1, 1, 0] and server.facts["likelier elsewhere: b3"] == number
+    server = method.aggregate(server, updates_of({"a0": drawn(50, start)}, NOISY))
+    assert groups_in(server, names) == [0, 0, 0, 1, 1, 1, 1] and "likelier elsewhere: b3" not in server.facts
+
+
 def test_flower_carries_groups_and_late_clients_to_the_same_bits(population, tmp_path):
     from personae.testing.loopback import Loopback
 

@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 
 from personae.errors import ConfigError
+from personae.recipe.build import build_clients
+from personae.recipe.config import load_recipe, read_table
 from personae.study import advantage
 from personae.study.adaptation import Rival
 from personae.study.advantage import Advantage, World
+from personae.study.config import parse_study
 
 STUDY = Advantage(
     worlds=(World("few"), World("many", ("data.partition.num_clients=30",))),
@@ -54,6 +57,18 @@ def test_differences_are_paired_by_client_and_told_apart_by_world():
         "held-out loss: spire is better than fedavg_ft in 2 of 4 places of the map, worse in 2"
     )
     assert "better than fedavg_ft in 0 of 4 places of the map, worse in 0" in answer.findings[1]  # equal distances
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_recipes_worlds_have_as_many_images_as_each_other(seed):
+    study = parse_study(*read_table("unseen/map"))[1]
+    for world in study.worlds:
+        recipe = load_recipe("digits/spire", [*study.changes, *world.changes, f"seed={seed}"])
+        clients = build_clients(recipe)
+        assert (
+            sum(len(clients.data[n].train) + len(clients.data[n].heldout) for n in clients.train) == 720
+            and len(clients.new) == 8
+        ), world.name
 
 
 def test_an_unfinished_map_says_what_it_knows():

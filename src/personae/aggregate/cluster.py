@@ -96,12 +96,29 @@ def _numbered(labels: Sequence[int]) -> list[int]:
 # --- groups that have been there for a while -----------------------------------------------------------------------
 
 
+def kept_up(
+    descriptors: Float[Tensor, "K D"],
+    groups: Sequence[int],
+    adapters: Sequence[Adapter],
+    won: Sequence[int],
+    threshold: float,
+    *,
+    most: int = 8,
+    smallest: int = 3,
+) -> tuple[list[int], list[int]]:
+    """The groups a round later, and how often running another was likelier for each: one group is split or two are
+    merged, as in `restructured`; in a round without that, single members move, as in `moved`."""
+    after = restructured(descriptors, groups, adapters, threshold, most=most, smallest=smallest)
+    return (after, [0] * len(after)) if after != list(groups) else moved(descriptors, groups, won, threshold)
+
+
 def restructured(
     descriptors: Float[Tensor, "K D"],
     groups: Sequence[int],
     adapters: Sequence[Adapter],
     threshold: float,
     *,
+    most: int = 8,
     smallest: int = 3,
     least: float = 0.35,
     common: float = 0.6,
@@ -109,10 +126,11 @@ def restructured(
     """The groups after at most one change: one is split in two, or else two are merged, or all stay.
 
     Split is the group whose halves by 2-means have the highest mean silhouette, above `least`, with `smallest` members
-    or more in each. Merged are the two whose centres have the highest cosine, above 1 - (1 - threshold) / 2, and whose
-    `adapters`, one for each group, have more than `common` of their B's spaces in common. Two that would be split again
-    as one stay apart. `threshold` is that of `aggregate.newcomers.familiar`. The second half of a split group is a new
-    one, with the highest number; of two merged groups the lower number stays, and numbers above the other move down.
+    or more in each, unless there are `most` groups already. Merged are the two whose centres have the highest cosine,
+    above 1 - (1 - threshold) / 2, and whose `adapters`, one for each group, have more than `common` of their B's spaces
+    in common. Two that would be split again as one stay apart. `threshold` is that of `aggregate.newcomers.familiar`.
+    The second half of a split group is a new one, with the highest number; of two merged groups the lower number stays,
+    and numbers above the other move down.
 
     Our choice. Members' order matters only where two are equally far from two centres.
     Raises: ConfigError, when groups are not numbered from 0, or adapters are not one for each.
@@ -126,7 +144,7 @@ def restructured(
     units = torch.nn.functional.normalize(descriptors.double(), dim=1)
     members = [[k for k, group in enumerate(groups) if group == number] for number in range(count)]
     halves = {number: half for number, own in enumerate(members) if (half := _halves(units[own], smallest, least))}
-    if halves:
+    if halves and count < most:
         split = max(halves, key=lambda number: halves[number][0])
         away = {members[split][k] for k in halves[split][1]}
         return [count if k in away else group for k, group in enumerate(groups)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -30,8 +31,9 @@ LEVELS = 4
 """Parts of the noise schedule whose gradients stand one after the other in a description: what sets styles apart is at
 other levels for one style than for another. Our choice."""
 
-OF, NEWCOMER, WITHHELD = "cluster of ", "newcomer: ", "withheld"
-"""Fronts of facts: each client's group, what is known of newcomers, groups whose adapter is not given to all yet."""
+OF, NEWCOMER, WITHHELD, LIKELIER = "cluster of ", "newcomer: ", "withheld", "likelier elsewhere: "
+"""Fronts of facts: each client's group, what is known of newcomers, groups whose adapter is not given to all yet, and
+for how many rounds running a client's description was likelier of another group."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,21 @@ class ClusterLora:
 
     Before its first round a client describes itself, by where its pictures pull its own words from where all clients'
     words start, and learns these by textual inversion, beside the bare base. Words never leave it; adapters and the
-    description do. A round then
-    trains the adapters from the client's group's. In the end everyone takes the adapter of the group whose centre its
-    description is nearest to, and trains it for `adapt` more steps on its own images; who comes later learns words
-    first. A group of one is that client: `smallest_cluster` says how many stand behind what all are given, once as many
-    have come. A client that began elsewhere, in its first round or after its group has changed, counts by how far it
-    went. Updates without a usable description are left out and counted.
+    description do. A round then trains the adapters from the client's group's. In the end everyone takes the adapter of
+    the group whose centre its description is nearest to, and trains it for `adapt` more steps on its own images; who
+    comes later learns words first. A group of one is that client: `smallest_cluster` says how many stand behind what
+    all are given, once as many have come. A client that began elsewhere, in its first round or after its group has
+    changed, counts by how far it went. Updates without a usable description are left out and counted.
 
-    Groups are formed anew for whoever comes in the first `grouping_rounds`; afterwards they stay, and a newcomer joins
-    the group that its description is likeliest from, or opens one of its own. In its first round it changes nothing of
-    what others get; it counts more from one of its rounds to the next, wholly after `probation` of them, and only then
-    in the centre, the size and the weight of its group. Rules that weigh nobody leave it out in its first round only. A
-    group with fewer than `smallest_cluster` such members keeps its adapter to itself, as long as there are larger ones;
-    at the end its members take another one's. How many members a group has does not say how many of them sent
-    something in a round. Facts say of each newcomer how like its group it is, and how much of its first update the
-    groups had no part in (`aggregate/newcomers.py`).
+    Groups are formed anew for whoever comes in the first `grouping_rounds`. Afterwards a newcomer joins the group that
+    its description is likeliest from, or opens one of its own; in a round without one, a group may be split, two may be
+    merged, or members move (`aggregate/cluster.py`). In its first round a newcomer changes nothing of what others get;
+    it counts more from one of its rounds to the next, wholly after `probation` of them, and only then in the centre,
+    the size and the weight of its group. Rules that weigh nobody leave it out in its first round only. A group with
+    fewer than `smallest_cluster` such members keeps its adapter to itself, as long as there are larger ones; at the end
+    its members take another one's. How many members a group has does not say how many of them sent something in a
+    round. Facts say of each newcomer how like its group it is, and how much of its first update the groups had no part
+    in (`aggregate/newcomers.py`).
 
     `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
     again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
@@ -127,8 +129,11 @@ class ClusterLora:
         before = {name: int(server.facts[_of(name)]) for name in seen if _of(name) in server.facts}
         number_now = int(server.facts["round"]) + 1
         told: dict[str, Any] = {name: fact for name, fact in server.facts.items() if name.startswith(NEWCOMER)}
+        likelier: dict[str, Any] = {}
         if len(before) == len(seen):
             groups = before
+            if number_now > self.grouping_rounds:
+                groups, likelier = self._kept_up(server, before, seen)
         elif number_now <= self.grouping_rounds or not before:
             groups = self._grouped(seen)
         else:
@@ -141,12 +146,11 @@ class ClusterLora:
         count = max(groups.values()) + 1
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
-        for number, ancestor in enumerate(_heirs(before, groups, count)):
-            start = read(server.params if ancestor is None else _under(server.extras, f"{CLUSTER}.{ancestor}."))
+        for number in range(count):
+            start, carried = self._start(server, before, groups, number)
             everyone = [update for update in arrived if groups[update.client] == number]
             counts = [(update, 1.0 if update.client in settled else trusted[update.client]) for update in everyone]
             own = [(update, counted) for update, counted in counts if counted]
-            carried = {} if ancestor is None else _under(server.extras, f"{REST}.{ancestor}.")
             combined, rest = self._inside(start, server, own, carried) if own else (start, carried)
             clusters.append(combined)
             members = [seen[name] for name in sorted(settled) if settled[name] == number]
@@ -159,6 +163,7 @@ class ClusterLora:
             "clusters": count,
             "left out": len(strange),
             **told,
+            **likelier,
             **{_of(name): number for name, number in groups.items()},
             **{f"share {number}": weights[number] for number in shown},
             **{f"{WITHHELD} {number}": True for number in range(count) if number not in shown},
@@ -193,7 +198,7 @@ class ClusterLora:
         """Everybody's group, newcomers' being those they are likeliest from, and what is found of newcomers."""
         settled = _settled(before, self._trusted(before, server.facts))
         known = _familiar(settled, seen)
-        clusters = [read(_under(server.extras, f"{CLUSTER}.{n}.")) for n in range(int(server.facts["clusters"]))]
+        clusters = _clusters(server)
         start, groups, found = read(server.params), dict(before), dict[str, float]()
         for update in arrived:
             if (name := update.client) in before:
@@ -208,6 +213,42 @@ class ClusterLora:
                 number = int(so_far.likeness(seen[name]).argmax())
             groups[name] = len(so_far.sizes) if number is None else number
         return groups, found
+
+    def _kept_up(self, server: State, before: Mapping[str, int], seen: Arrays) -> tuple[dict[str, int], dict[str, int]]:
+        """Everybody's group after those that are there have been looked at again, and facts of whom another is likelier
+        for. Newcomers on probation have no say; they go where the most alike of their group goes."""
+        from personae.aggregate.cluster import kept_up
+
+        settled = _settled(before, self._trusted(before, server.facts))
+        names = sorted(settled)
+        after, won = kept_up(
+            torch.stack([seen[name] for name in names]),
+            [settled[name] for name in names],
+            _clusters(server),
+            [int(server.facts.get(f"{LIKELIER}{name}", 0)) for name in names],
+            _familiar(settled, seen).threshold,
+            most=self.most_clusters,
+            smallest=self.smallest_cluster,
+        )
+        groups = dict(zip(names, after, strict=True))
+        for name in sorted(before.keys() - groups.keys()):
+            near = [other for other in names if settled[other] == before[name]]
+            groups[name] = groups[max(near, key=lambda other: _cosine(seen[name], seen[other]))]
+        return groups, {f"{LIKELIER}{name}": n for name, n in zip(names, won, strict=True) if n}
+
+    def _start(
+        self, server: State, before: Mapping[str, int], groups: Mapping[str, int], number: int
+    ) -> tuple[Adapter, Arrays]:
+        """What a group goes on from, and what is carried: of the group that most of its members come from; those that
+        went into it whole come in by their members. What all have in common where all are new."""
+        came = Counter(before[name] for name in sorted(groups) if groups[name] == number and name in before)
+        if not came:
+            return read(server.params), {}
+        first, were = max(sorted(came), key=lambda old: came[old]), Counter(before.values())
+        whole = [first, *(old for old in sorted(came) if old != first and came[old] == were[old])]
+        clusters = _clusters(server)
+        start = self._common([clusters[old] for old in whole], rules.shares_of([came[old] for old in whole]))
+        return start, _under(server.extras, f"{REST}.{first}.")
 
     def _trusted(self, groups: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, float]:
         return {name: trust(facts.get(_times(name)), self.probation) for name in groups}
@@ -380,6 +421,10 @@ def groups_of(server: State) -> dict[str, int]:
     return {n.removeprefix(OF): int(number) for n, number in server.facts.items() if n.startswith(OF)}
 
 
+def _clusters(server: State) -> list[Adapter]:
+    return [read(_under(server.extras, f"{CLUSTER}.{number}.")) for number in range(int(server.facts["clusters"]))]
+
+
 def _times(client: str) -> str:
     return f"{NEWCOMER}rounds with {client}"
 
@@ -410,12 +455,3 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 def _orthonormal(rows: Tensor) -> Tensor:
     columns: Tensor = torch.linalg.qr(rows.T)[0]
     return columns.T.contiguous()
-
-
-def _heirs(before: Mapping[str, int], groups: Mapping[str, int], count: int) -> list[int | None]:
-    """Of each cluster the one that most of its members come from; None where all of them are new."""
-    found: list[int | None] = []
-    for number in range(count):
-        came = [before[name] for name in sorted(groups) if groups[name] == number and name in before]
-        found.append(max(sorted(set(came)), key=came.count) if came else None)
-    return found
