@@ -20,6 +20,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.nn.functional import normalize
 
+from personae.aggregate.membership import NEWCOMER, groups_in
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import FORMAT_VERSION, explained, read_json, write_bytes
 from personae.errors import ArtefactError
@@ -35,7 +36,7 @@ from personae.evaluate.charts import (
     traffic_chart,
     window,
 )
-from personae.methods.cluster_lora import NEWCOMER, SEEN, groups_of
+from personae.methods.cluster_lora import SEEN
 
 ALL_SHOWN = 30
 """Up to this many clients, everyone is shown; beyond, the first `SHOWN` by name of each role."""
@@ -141,7 +142,7 @@ def _contents(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(folder: Path) -> dict[str, Any] | None:
     """The map of groups and what the server found of newcomers, where a method groups its clients."""
     server = RunFolder(folder).server()
-    groups = {} if server is None else groups_of(server)
+    groups = {} if server is None else groups_in(server.facts)
     if server is None or not groups:
         return None
     order = sorted(groups, key=lambda name: (groups[name], name))

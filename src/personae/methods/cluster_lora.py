@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from personae.aggregate import adapters as rules
 from personae.aggregate import fewest
 from personae.aggregate.low_rank import Adapter, LowRank, read, stacked, written
-from personae.aggregate.newcomers import Familiar, familiar, redundancy, trust
+from personae.aggregate.membership import OF, Grouping, groups_in
 from personae.core import Arrays, Client, Select, State, Training, Update, Updates, pick, stream
 from personae.errors import ConfigError, EmptyRound
 from personae.local.fit import Fitted, fit, gradients
@@ -31,9 +31,8 @@ LEVELS = 4
 """Parts of the noise schedule whose gradients stand one after the other in a description: what sets styles apart is at
 other levels for one style than for another. Our choice."""
 
-OF, NEWCOMER, WITHHELD, LIKELIER = "cluster of ", "newcomer: ", "withheld", "likelier elsewhere: "
-"""Fronts of facts: each client's group, what is known of newcomers, groups whose adapter is not given to all yet, and
-for how many rounds running a client's description was likelier of another group."""
+WITHHELD = "withheld"
+"""Front of facts: groups whose adapter is not given to all yet. Those of members are in `aggregate/membership.py`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class ClusterLora:
 
     def broadcast(self, server: State, client: str) -> State:
         """The adapter of the client's cluster; of someone new, the one that all have in common."""
-        number = server.facts.get(_of(client))
+        number = server.facts.get(f"{OF}{client}")
         return State(server.params if number is None else _under(server.extras, f"{CLUSTER}.{number}."))
 
     def aggregate(self, server: State, updates: Updates) -> State:
@@ -126,47 +125,37 @@ class ClusterLora:
             raise EmptyRound("no update in this round says what its client is like; check the clients' captions")
         new = {update.client: normalize(update.sent.extras[DESCRIPTOR], dim=0) for update in arrived}
         seen = {**_under(server.extras, f"{SEEN}."), **new}
-        before = {name: int(server.facts[_of(name)]) for name in seen if _of(name) in server.facts}
-        number_now = int(server.facts["round"]) + 1
-        told: dict[str, Any] = {name: fact for name, fact in server.facts.items() if name.startswith(NEWCOMER)}
-        likelier: dict[str, Any] = {}
-        if len(before) == len(seen):
-            groups = before
-            if number_now > self.grouping_rounds:
-                groups, likelier = self._kept_up(server, before, seen)
-        elif number_now <= self.grouping_rounds or not before:
-            groups = self._grouped(seen)
-        else:
-            groups, found = self._joining(server, before, seen, arrived)
-            told |= found | {f"{NEWCOMER}round of {name}": number_now for name in seen if name not in before}
-            told |= {_times(name): 0 for name in seen if name not in before}
-        trusted = self._trusted(groups, told)
-        told |= {_times(u.client): told[_times(u.client)] + 1 for u in arrived if _times(u.client) in told}
-        settled = _settled(groups, trusted)
-        count = max(groups.values()) + 1
+        start = read(server.params)
+        went = {update.client: update.sent.params for update in arrived}
+        members = self._grouping.after(
+            server.facts,
+            round_number := int(server.facts["round"]) + 1,
+            seen,
+            [update.client for update in arrived],
+            _clusters(server),
+            lambda name: stacked([read(went[name]), start], [1.0, -1.0]),
+        )
+        groups, settled = members.groups, members.settled
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
-        for number in range(count):
-            start, carried = self._start(server, before, groups, number)
-            everyone = [update for update in arrived if groups[update.client] == number]
-            counts = [(update, 1.0 if update.client in settled else trusted[update.client]) for update in everyone]
+        for number in range(members.count):
+            begin, carried = self._start(server, groups, number)
+            counts = [(update, members.counts(update.client)) for update in arrived if groups[update.client] == number]
             own = [(update, counted) for update, counted in counts if counted]
-            combined, rest = self._inside(start, server, own, carried) if own else (start, carried)
+            combined, rest = self._inside(begin, server, own, carried) if own else (begin, carried)
             clusters.append(combined)
-            members = [seen[name] for name in sorted(settled) if settled[name] == number]
-            extras[f"{CENTRE}.{number}"] = torch.stack(members).mean(0)
+            around = [seen[name] for name in sorted(settled) if settled[name] == number]
+            extras[f"{CENTRE}.{number}"] = torch.stack(around).mean(0)
             extras |= _front(f"{CLUSTER}.{number}.", written(combined)) | _front(f"{REST}.{number}.", rest)
-        shown = self._shown(groups, count, trusted)
+        shown = members.shown(self.smallest_cluster)
         weights = self.weights(settled, [clusters[number] for number in shown], shown, extras)
         facts: dict[str, Any] = {
-            "round": number_now,
-            "clusters": count,
+            "round": round_number,
+            "clusters": members.count,
             "left out": len(strange),
-            **told,
-            **likelier,
-            **{_of(name): number for name, number in groups.items()},
+            **members.facts,
             **{f"share {number}": weights[number] for number in shown},
-            **{f"{WITHHELD} {number}": True for number in range(count) if number not in shown},
+            **{f"{WITHHELD} {number}": True for number in range(members.count) if number not in shown},
         }
         common = self._common([clusters[number] for number in shown], [weights[number] for number in shown])
         return State(written(common), extras, facts)
@@ -184,63 +173,14 @@ class ClusterLora:
             extras[f"{CENTRE}.{place}"] = server.extras[f"{CENTRE}.{number}"]
         return State(written(everyone), extras, {"clusters": len(shown)})
 
-    def _grouped(self, seen: Arrays) -> dict[str, int]:
-        from personae.aggregate.cluster import clustered, similarities  # slow to import
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(self.most_clusters, self.smallest_cluster, self.grouping_rounds, self.probation)
 
-        names = sorted(seen)
-        similar = similarities(torch.stack([seen[name] for name in names]))
-        labels = clustered(similar, most=self.most_clusters, smallest=self.smallest_cluster)
-        return dict(zip(names, labels, strict=True))
-
-    def _joining(
-        self, server: State, before: Mapping[str, int], seen: Arrays, arrived: Sequence[Update]
-    ) -> tuple[dict[str, int], dict[str, float]]:
-        """Everybody's group, newcomers' being those they are likeliest from, and what is found of newcomers."""
-        settled = _settled(before, self._trusted(before, server.facts))
-        known = _familiar(settled, seen)
-        clusters = _clusters(server)
-        start, groups, found = read(server.params), dict(before), dict[str, float]()
-        for update in arrived:
-            if (name := update.client) in before:
-                continue
-            change = stacked([read(update.sent.params), start], [1.0, -1.0])
-            found[f"{NEWCOMER}likeness of {name}"] = float(known.likeness(seen[name]).max())
-            found[f"{NEWCOMER}redundancy of {name}"] = redundancy(clusters, change)[1]
-            opened = {other: group for other, group in groups.items() if group >= len(clusters)}
-            so_far = _familiar({**settled, **opened}, seen)  # somebody of this round may have opened it for both
-            number = so_far.group(seen[name])
-            if number is None and len(so_far.sizes) >= self.most_clusters:
-                number = int(so_far.likeness(seen[name]).argmax())
-            groups[name] = len(so_far.sizes) if number is None else number
-        return groups, found
-
-    def _kept_up(self, server: State, before: Mapping[str, int], seen: Arrays) -> tuple[dict[str, int], dict[str, int]]:
-        """Everybody's group after those that are there have been looked at again, and facts of whom another is likelier
-        for. Newcomers on probation have no say; they go where the most alike of their group goes."""
-        from personae.aggregate.cluster import kept_up
-
-        settled = _settled(before, self._trusted(before, server.facts))
-        names = sorted(settled)
-        after, won = kept_up(
-            torch.stack([seen[name] for name in names]),
-            [settled[name] for name in names],
-            _clusters(server),
-            [int(server.facts.get(f"{LIKELIER}{name}", 0)) for name in names],
-            _familiar(settled, seen).threshold,
-            most=self.most_clusters,
-            smallest=self.smallest_cluster,
-        )
-        groups = dict(zip(names, after, strict=True))
-        for name in sorted(before.keys() - groups.keys()):
-            near = [other for other in names if settled[other] == before[name]]
-            groups[name] = groups[max(near, key=lambda other: _cosine(seen[name], seen[other]))]
-        return groups, {f"{LIKELIER}{name}": n for name, n in zip(names, won, strict=True) if n}
-
-    def _start(
-        self, server: State, before: Mapping[str, int], groups: Mapping[str, int], number: int
-    ) -> tuple[Adapter, Arrays]:
+    def _start(self, server: State, groups: Mapping[str, int], number: int) -> tuple[Adapter, Arrays]:
         """What a group goes on from, and what is carried: of the group that most of its members come from; those that
         went into it whole come in by their members. What all have in common where all are new."""
+        before = groups_in(server.facts)
         came = Counter(before[name] for name in sorted(groups) if groups[name] == number and name in before)
         if not came:
             return read(server.params), {}
@@ -249,15 +189,6 @@ class ClusterLora:
         clusters = _clusters(server)
         start = self._common([clusters[old] for old in whole], rules.shares_of([came[old] for old in whole]))
         return start, _under(server.extras, f"{REST}.{first}.")
-
-    def _trusted(self, groups: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, float]:
-        return {name: trust(facts.get(_times(name)), self.probation) for name in groups}
-
-    def _shown(self, groups: Mapping[str, int], count: int, trusted: Mapping[str, float]) -> list[int]:
-        """The groups whose adapters everybody gets: with enough members, newcomers not among them; else the largest."""
-        counted = [sum(groups[name] == number and trusted[name] == 1 for name in groups) for number in range(count)]
-        least = min(self.smallest_cluster, max(counted))
-        return [number for number in range(count) if counted[number] >= least]
 
     def _usable(self, server: State, arrived: Sequence[Update]) -> tuple[list[Update], list[str]]:
         """The updates that can be taken, and whose cannot: without a usable description, or with an A of their own."""
@@ -412,32 +343,8 @@ def _is_B(name: str) -> bool:
     return name.endswith(B)
 
 
-def _of(client: str) -> str:
-    return f"{OF}{client}"
-
-
-def groups_of(server: State) -> dict[str, int]:
-    """The number of each client's group; nobody's, when another method made this state."""
-    return {n.removeprefix(OF): int(number) for n, number in server.facts.items() if n.startswith(OF)}
-
-
 def _clusters(server: State) -> list[Adapter]:
     return [read(_under(server.extras, f"{CLUSTER}.{number}.")) for number in range(int(server.facts["clusters"]))]
-
-
-def _times(client: str) -> str:
-    return f"{NEWCOMER}rounds with {client}"
-
-
-def _settled(groups: Mapping[str, int], trusted: Mapping[str, float]) -> dict[str, int]:
-    """Those who count wholly, with their groups; of a group of newcomers alone, all."""
-    whole = {group for name, group in groups.items() if trusted[name] == 1}
-    return {name: group for name, group in groups.items() if trusted[name] == 1 or group not in whole}
-
-
-def _familiar(groups: Mapping[str, int], seen: Arrays) -> Familiar:
-    names = sorted(groups)
-    return familiar(torch.stack([seen[name] for name in names]), [groups[name] for name in names])
 
 
 def _under(arrays: Arrays, front: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from personae.aggregate.low_rank import read, stacked, written
+from personae.aggregate.membership import groups_in
 from personae.aggregate.newcomers import familiar
 from personae.core import pick, stream
 from personae.data.emoji import STYLES, pack, scene_names
@@ -37,7 +38,7 @@ from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import statistics
 from personae.infer.sample import draw
-from personae.methods.cluster_lora import WITHHELD, ClusterLora, groups_of
+from personae.methods.cluster_lora import WITHHELD, ClusterLora
 from personae.personal.tokens import is_word
 from personae.recipe.build import Clients, build_clients
 from personae.recipe.config import load_recipe
@@ -140,7 +141,7 @@ class Collaboration:
             "bytes_down": summary["bytes_down"],
             "seconds": summary["wall_seconds"],
         }
-        groups = groups_of(server)
+        groups = groups_in(server.facts)
         if groups.keys() >= styles.keys():
             groups = {name: groups[name] for name in styles}
             seen = torch.stack([server.extras[f"seen.{name}"] for name in styles])
@@ -192,7 +193,7 @@ class Collaboration:
         """Real ones; the client's own; with its words and its group's adapter; with these and the one for all."""
         model, words, server = run.denoiser, pick(run.personal(client), is_word), server_of(run.folder)
         rows = [real_pictures(style, names), personal]
-        group = groups_of(server).get(client)
+        group = groups_in(server.facts).get(client)
         for adapter in (*([] if group is None else [of_cluster(server, group)]), run.released.params):
             model.load({**adapter, **words})
             rows.append(self._draw(model, names, seed, client, _wording(run)))
@@ -235,7 +236,7 @@ class Collaboration:
         shown = [n for n in range(int(server.facts["clusters"])) if f"{WITHHELD} {n}" not in server.facts]
         clusters = [read(of_cluster(server, number)) for number in shown]
         styles = styles_of(clients, run.recipe.data.styles)
-        groups = groups_of(server)
+        groups = groups_in(server.facts)
         weights = method.weights(groups, clusters, shown, server.extras)
         adapter = written(stacked(clusters, [weights[number] for number in shown]))
         losses: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from personae.aggregate.membership import NEWCOMER, groups_in
 from personae.artefact.run_folder import RunFolder
 from personae.core import Arrays, Job, State, pick
 from personae.data.emoji import STYLES
@@ -25,7 +26,7 @@ from personae.engine.in_process import personalize_one
 from personae.engine.rounds import load_parts
 from personae.errors import ConfigError
 from personae.evaluate.loss import denoising_loss
-from personae.methods.cluster_lora import NEWCOMER, ClusterLora, groups_of
+from personae.methods.cluster_lora import ClusterLora
 from personae.personal.lora import is_lora
 from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
@@ -107,7 +108,7 @@ class Newcomers:
                 }
                 for name in self._late(style, seed)
             }
-            figures["groups"] = groups_of(server_of(done.folder))
+            figures["groups"] = groups_in(server_of(done.folder).facts)
         return figures
 
     def _adapt(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from personae.data.emoji import SEEN_STYLES, STYLES, WITHOUT_STYLE, caption, nam
 from personae.data.identities import identity
 from personae.engine.in_process import personalize_one
 from personae.errors import ConfigError
-from personae.evaluate.charts import COLOURS, chart, logarithmic_x
+from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.grids import save_grid
 from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
@@ -359,22 +359,25 @@ def _table(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _chart(subject: Subject, rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> Chart:
+    lines = sorted(rows, key=lambda row: row["bytes"])
+
     def draw(axes: Axes) -> None:
-        for row in rows:
-            axes.plot(row["bytes"], row["found"], "o", color=COLOURS["after"], markersize=6)
-            axes.plot(row["bytes"], row["drift"], "s", color=COLOURS["down"], markersize=4, alpha=0.8)
-            axes.annotate(
-                row["name"], (row["bytes"], row["found"]), xytext=(4, 5), textcoords="offset points", fontsize=8
-            )
-        axes.axhline(
+        places = range(len(lines))
+        axes.plot(
+            [row["found"] for row in lines], places, "o", color=COLOURS["after"], markersize=7, label="recognised"
+        )
+        axes.plot([row["drift"] for row in lines], places, "s", color=COLOURS["down"], markersize=5, label="drift")
+        axes.axvline(
             base["found"], color=COLOURS["before"], linewidth=1, linestyle="--", label="recognised, model alone"
         )
-        axes.axhline(base["found_real"], color=COLOURS["real"], linewidth=1, linestyle=":", label="recognised, real")
-        axes.plot([], [], "o", color=COLOURS["after"], label="recognised")
-        axes.plot([], [], "s", color=COLOURS["down"], label="drift")
-        logarithmic_x(axes, sorted({row["bytes"] for row in rows}))
-        axes.set(xlabel="bytes of the part", title=subject.name, ylim=(-0.03, 1.1))
+        axes.axvline(base["found_real"], color=COLOURS["real"], linewidth=1, linestyle=":", label="recognised, real")
+        axes.set_yticks(places, [f"{row['name']}, {row['bytes']:,.0f} bytes" for row in lines])
+        axes.set(title=subject.name, ylim=(-0.6, len(lines) - 0.4))
+        axes.set_xlim(left=-0.03)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    drawing = chart(f"parts-{subject.name}", 6.6, 3.4, draw, f"what parts give for {subject.name}")
-    return Chart(file_name(subject.name), drawing, "Up is better for dots, down for squares.")
+    height = 1.2 + 0.34 * len(lines)
+    drawing = chart(f"parts-{subject.name}", 6.6, height, draw, f"what parts give for {subject.name}")
+    return Chart(
+        file_name(subject.name), drawing, "Small parts below. To the right is better for dots and worse for squares."
+    )
