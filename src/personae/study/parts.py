@@ -89,8 +89,8 @@ class Part:
 class Parts:
     """`model` is a pipeline's folder, or the name of one that is shipped.
 
-    `steps` of training for everybody; `num_drawn` pictures of the subject and
-    `num_unrelated` of other things are drawn by every part, in `sampler_steps` of DPM-Solver++."""
+    `steps` of training of `batch_size` pictures for everybody; `num_drawn` pictures of the subject and `num_unrelated`
+    of other things are drawn by every part, in `sampler_steps` of DPM-Solver++."""
 
     model: str
     subjects: tuple[Subject, ...]
@@ -100,13 +100,14 @@ class Parts:
     num_drawn: int = 64
     num_unrelated: int = 48
     sampler_steps: int = 20
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         for what, names in (("subjects", [s.name for s in self.subjects]), ("parts", [p.name for p in self.parts])):
             if not names or len(set(names)) < len(names):
                 raise ConfigError(f"{what} are {names}, expected one or more, each with a name of its own")
-        if not self.seeds or min(self.steps, self.num_drawn - 1, self.num_unrelated - 1) < 1:
-            raise ConfigError("seeds, and at least 1 step and 2 drawn pictures of each kind, are needed")
+        if not self.seeds or min(self.steps, self.batch_size, self.num_drawn - 1, self.num_unrelated - 1) < 1:
+            raise ConfigError("seeds, at least 1 step of 1 picture, and 2 drawn pictures of each kind are needed")
         for subject in self.subjects:
             if subject.kind == "style" and subject.style not in STYLES:
                 raise ConfigError(f"subject {subject.name!r}: style {subject.style!r} is none of {', '.join(STYLES)}")
@@ -155,6 +156,7 @@ class Parts:
     def _recipe(self, part: Part | None, rate: float) -> Recipe:
         method = "lora" if part is None else part.method
         changes = [f"method.training.lr={rate}", f"method.adapt.lr={rate}", f"method.adapt.steps={self.steps}"]
+        changes += [f"method.{stage}.batch_size={self.batch_size}" for stage in ("training", "adapt")]
         changes += [f"machine.threads={torch.get_num_threads()}", *(() if part is None else part.changes)]
         return personal.personal_recipe(Path(self.model), Path("."), method, "person", name=NAME, overrides=changes)
 
@@ -165,7 +167,8 @@ class Parts:
             recipe, released = self._recipe(part, rate), State()
         else:
             run = open_run(_run(folder, part, cell))
-            how = dataclasses.replace(run.recipe.method.adapt, lr=rate, steps=self.steps)  # type: ignore[attr-defined]
+            told = {"lr": rate, "steps": self.steps, "batch_size": self.batch_size}
+            how = dataclasses.replace(run.recipe.method.adapt, **told)  # type: ignore[attr-defined]
             recipe = dataclasses.replace(run.recipe, method=adapting(run.recipe.method, how))
             released = run.released
         recipe = dataclasses.replace(recipe, seed=seed, engine="in_process", cohort=None)
