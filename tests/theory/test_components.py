@@ -167,7 +167,7 @@ def test_one_noise_level_has_no_false_stationary_point_within_reach(num_componen
 # --- denoising is likelihood -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_components", [3, 5])
+@pytest.mark.parametrize("num_components", [3, 4, 5])
 def test_the_ddpm_losses_of_all_levels_add_up_to_the_likelihood(num_components):
     rng = stream(13, num_components)
     logits, means = normal(rng, num_components), 1.5 * normal(rng, num_components, 2)

@@ -99,7 +99,7 @@ class Token(nn.Module):
     Idea: the added keys and values of diffusers' `AttnAddedKVProcessor`.
     """
 
-    needs = 'attention layers (the presets "tiny_attention", "small" and "paper" have some)'
+    needs = 'attention layers (the presets "tiny_attention", "small" and "cifar" have some)'
 
     @staticmethod
     def reaches(name: str, module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "norm_num_groups": 16,
     },
     # The CIFAR-10 network of Ho et al. 2020: 35.7 M parameters.
-    "paper": {
+    "cifar": {
         "block_out_channels": (128, 256, 256, 256),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),

@@ -89,7 +89,7 @@ class Backbone:
     or "token". `half` and `recompute` save memory, as TextToImage says.
     """
 
-    preset: Literal["tiny", "tiny_attention", "small", "paper"] | None = None
+    preset: Literal["tiny", "tiny_attention", "small", "cifar"] | None = None
     folder: str | None = None
     scale_shift: bool = False
     num_timesteps: int = 1000

@@ -146,7 +146,9 @@ def _final_table(rows: Sequence[Row], grid: Sequence[Row], rivals: Sequence[str]
                 ratio = "" if rival == rivals[0] else _ratio(ours, own)
                 settings = _settings(own, where(grid, rival=rival))
                 entries.append([_count(count), rival, *_final_row(own, ratio), settings])
-    return Table("New clients, each method at its best", FINAL, entries, FINAL_NOTE)
+    used = sorted({c["kid_features"] for c in people(rows).values() if c.get("kid_features")})
+    features = f" Features of the kernel distance: {', '.join(used)}." if used else ""
+    return Table("New clients, each method at its best", FINAL, entries, FINAL_NOTE + features)
 
 
 def _final_row(rows: Sequence[Row], ratio: Entry) -> list[Entry]:

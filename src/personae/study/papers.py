@@ -205,7 +205,7 @@ def few_numbers(numbers: Numbers) -> Judged:
         f"{default['trained']} of {default['parameters']:,} numbers, {100 * share:.2g} %",
         "agrees" if share <= 1e-4 else "partly",
         "hundreds of numbers, yes; the share is the size of the model's: with 512 of the 35.7 million of the preset "
-        '"paper" it is 0.0014 % (tests/backbone/test_unet.py)',
+        '"cifar" it is 0.0014 % (tests/backbone/test_unet.py)',
     )
 
 
