@@ -164,6 +164,8 @@ LITTLE = {
         "fine_tuning": {"steps": 5, "lr": 0.01, "batch_size": 8},
     },
     "learning": {
+        "recipe": "continual/sequential_lora",
+        "orders": 1,
         "seeds": [0],
         "changes": list(LITTLE_LESSON),
     },
