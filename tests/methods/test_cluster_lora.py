@@ -332,8 +332,7 @@ def test_a_newcomer_that_is_alone_in_its_groups_round_does_not_become_the_group(
         for x in own
     ]
     assert {change.rank for change in after.values()} == {2}
-    if method.inside in ("nearest", "factor_mean", "common_A"):
-        assert max(gone) <= 0.26, "a quarter of its way, after one of four rounds"
+    assert max(gone) <= 0.26, "a quarter of its way, after one of four rounds"
 
 
 @pytest.mark.parametrize("inside", ["nearest", "factor_mean", "geometric_median"])

@@ -51,11 +51,11 @@ class ClusterLora:
     its description is likeliest from, or opens one of its own; in a round without one, a group may be split, two may be
     merged, or members move (`aggregate/cluster.py`). In its first round a newcomer changes nothing of what others get;
     it counts more from one of its rounds to the next, wholly after `probation` of them, and only then in the centre,
-    the size and the weight of its group. Rules that weigh nobody leave it out in its first round only. A group with
-    fewer than `smallest_cluster` such members keeps its adapter to itself, as long as there are larger ones; at the end
-    its members take another one's. How many members a group has does not say how many of them sent something in a
-    round. Facts say of each newcomer how like its group it is, and how much of its first update the groups had no part
-    in (`aggregate/newcomers.py`).
+    the size and the weight of its group. Rules that look at distances see it whole, and it counts for as much less. A
+    group with fewer than `smallest_cluster` such members keeps its adapter to itself, as long as there are larger ones;
+    at the end its members take another one's. How many members a group has does not say how many of them sent
+    something in a round. Facts say of each newcomer how like its group it is, and how much of its first update the
+    groups had no part in (`aggregate/newcomers.py`).
 
     `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
     again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
@@ -229,19 +229,25 @@ class ClusterLora:
         """A cluster's new adapter from updates and how much each counts, and what its rank had no room for. What
         newcomers do not count for yet, the cluster's former adapter does."""
         adapters, counts = [self._from(start, server, update) for update, _ in own], [counted for _, counted in own]
-        claimed = rules.shares_of([update.num_examples for update, _ in own])
-        shares = [share * counted for share, counted in zip(claimed, counts, strict=True)]
+        weights = self._weights_inside(adapters, [update.num_examples for update, _ in own])
+        shares = [weight * counted for weight, counted in zip(weights, counts, strict=True)]
         rank = min(change.rank for change in start.values())
-        if self.inside in ("nearest", *FACTORS) and min(counts) < 1:
+        if min(counts) < 1:
             adapters, shares = [*adapters, start], [*shares, 1 - sum(shares)]
         if self.inside == "nearest":
             kept, rest = rules.nearest_with_rest(adapters, shares, rank, read(carried) if carried else None, rank)
             return kept, written(rest)
         if self.inside in FACTORS:
             return FACTORS[self.inside](adapters, shares), {}
+        return rules.nearest(adapters, shares, rank), {}
+
+    def _weights_inside(self, adapters: Sequence[Adapter], num_examples: Sequence[int]) -> list[float]:
+        """What each update counts for by the rule, before newcomers count less."""
+        if self.inside in ("nearest", *FACTORS):
+            return rules.shares_of(num_examples)
         if self.inside == "multi_krum" and len(adapters) >= fewest("multi_krum", self.attackers):
-            return rules.nearest(adapters, rules.multi_krum_weights(adapters, self.attackers), rank), {}
-        return rules.nearest(adapters, rules.geometric_median_weights(adapters), rank), {}
+            return rules.multi_krum_weights(adapters, self.attackers)
+        return rules.geometric_median_weights(adapters)
 
     def _common(self, clusters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         """What somebody new starts from: all clusters together, at the rank of one."""

@@ -13,7 +13,7 @@ from personae.backbone.schedule import schedule
 from personae.backbone.shipped import model_folder
 from personae.backbone.unet import UNetDenoiser
 from personae.core import ClientData, everything, nothing, stream
-from personae.errors import ConfigError
+from personae.errors import ConfigError, DataError
 from personae.infer.sample import draw, latents_at_once
 from personae.recipe.schema import Backbone, Recipe
 
@@ -72,10 +72,19 @@ def draw_from_pipeline(
 
 
 def check_captions(recipe: Recipe, model: Model, name: str, data: ClientData) -> None:
-    """Before anything trains. Raises: ConfigError, when a client's captions never say a new word, from which nothing
-    would be learned, or one is longer than the model reads."""
+    """Before anything trains.
+
+    Raises: DataError, when a caption says nothing; ConfigError, when a client's captions never say a new word, from
+        which nothing would be learned, or one is longer than the model reads.
+    """
     if isinstance(model, UNetDenoiser):
         return
+    for images in (data.train, data.heldout):
+        if empty := sum(not text.strip() for text in images.captions):
+            raise DataError(
+                f"client {name!r}: {empty} of {len(images.captions)} captions say nothing; write what the pictures "
+                "show into the metadata.jsonl beside them, or leave the file out and set data.caption"
+            )
     words = recipe.backbone.words.words if recipe.backbone.words is not None else ()
     if words and not any(word in text.lower() for text in data.train.captions for word in words):
         raise ConfigError(
