@@ -22,10 +22,16 @@ from personae.aggregate.adapters import (
 )
 from personae.aggregate.low_rank import LowRank, gram, read, stacked, written
 from personae.aggregate.robust import geometric_median, multi_krum
-from personae.core import State, Update, stream
+from personae.backbone.text2image import TextToImage
+from personae.core import State, Training, Update, nothing, stream
 from personae.errors import ConfigError, ShapeError, TooFewClients
+from personae.methods import ClusterLora
+from personae.personal.lora import Lora
+from personae.personal.tokens import Words
+from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
 SHARES = [0.5, 0.3, 0.2]
+TRAINING, WORDS = Training(2, 0.01, 2), Words(("<own>",), "drawing")
 
 
 def drawn(seed, rank=3, shape=(10, 8)):
@@ -43,10 +49,11 @@ def off(found, expected):
     return float(torch.linalg.matrix_norm(dense - expected) / torch.linalg.matrix_norm(expected))
 
 
-def turned(adapter, seed):
+def regauged(adapter, seed):
     """The same change by other factors."""
-    turn = torch.linalg.qr(torch.randn(adapter["x"].rank, adapter["x"].rank, generator=stream(seed, "turn")))[0]
-    return {"x": LowRank(3 * adapter["x"].B @ turn.T, turn @ adapter["x"].A / 3)}
+    rank = adapter["x"].rank
+    turn = torch.randn(rank, rank, dtype=torch.float64, generator=stream(seed, "turn")) + 3 * torch.eye(rank)
+    return {"x": LowRank(adapter["x"].B.double() @ turn.inverse() / 3, 3 * turn @ adapter["x"].A.double())}
 
 
 DRAWN = [drawn(k) for k in range(3)]
@@ -79,10 +86,16 @@ def test_with_one_factor_for_all_the_mean_is_exact(rule):
         rule(DRAWN, SHARES)
 
 
-def test_with_orthonormal_rows_factors_are_as_far_apart_as_changes():
-    rows = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64, generator=stream(0)))[0].T
-    one, other = (torch.randn(10, 3, dtype=torch.float64, generator=stream(k)) for k in (1, 2))
-    assert float((one - other).norm()) == pytest.approx(float((one @ rows - other @ rows).norm()), rel=1e-6)
+def test_with_the_rows_of_common_A_factors_are_as_far_apart_as_changes(tmp_path):
+    model = TextToImage(tiny_networks(tmp_path / "tokenizer"), SCHEDULE, nothing, lora=Lora(2), words=WORDS)
+    method = ClusterLora(TRAINING, TRAINING, TRAINING, inside="common_A")
+    adapter = read(method.init(model.initial(stream(0))).params)
+    for layer, change in adapter.items():
+        rows = change.A.double()
+        assert torch.allclose(rows @ rows.T, torch.eye(2).double(), atol=1e-6)
+        shape = change.B.shape
+        one, other = (torch.randn(shape, dtype=torch.float64, generator=stream(k, layer)) for k in (1, 2))
+        assert float((one - other).norm()) == pytest.approx(float((one @ rows - other @ rows).norm()), rel=1e-6)
 
 
 def test_the_mean_and_what_it_leaves_out_are_exact_together():
@@ -136,7 +149,7 @@ def test_what_a_round_leaves_out_is_carried_to_the_next():
 
 def test_decisions_do_not_depend_on_the_factors():
     adapters = [drawn(k) for k in range(7)]
-    others = [turned(adapter, k) for k, adapter in enumerate(adapters)]
+    others = [regauged(adapter, k) for k, adapter in enumerate(adapters)]
     assert torch.allclose(gram(adapters), gram(others), rtol=1e-5, atol=1e-5)
     assert torch.allclose(squared_distances(adapters), squared_distances(others), rtol=1e-4, atol=1e-4)
     uniform = [1 / 7] * 7

@@ -116,6 +116,15 @@ def test_traces():
     assert normalized_traces([even, tenfold], "b")[1] > normalized_traces([even, one], "b")[1]
 
 
+@pytest.mark.parametrize("kind", ["a", "b", "c"])
+def test_traces_do_not_depend_on_the_factors(kind):
+    clusters = [adapter(0), adapter(1, rank=2)]
+    others = [regauged(each, k) for k, each in enumerate(clusters)]
+    found = normalized_traces(clusters, kind)
+    assert normalized_traces(others, kind) == pytest.approx(found, abs=1e-5)
+    assert found[0] != pytest.approx(found[1], abs=1e-2)
+
+
 @pytest.mark.parametrize("sign", ["distinct", "conservative"])
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
 def test_shares_add_up_and_none_is_above_the_most(sign, count):
@@ -128,6 +137,25 @@ def test_shares_add_up_and_none_is_above_the_most(sign, count):
     order = torch.randperm(count, generator=rng).tolist()
     shuffled = domain_weights(*([v[k] for k in order] for v in (sizes, distances, traces)), sign=sign)
     assert shuffled == pytest.approx([found[k] for k in order])
+
+
+@pytest.mark.parametrize("sign", ["distinct", "conservative"])
+@pytest.mark.parametrize("kind", ["a", "b", "c"])
+def test_the_order_of_clusters_does_not_matter(sign, kind):
+    clusters, sizes, order = [adapter(k) for k in range(5)], [3, 4, 5, 6, 12], [3, 0, 4, 2, 1]
+    centres = torch.rand(5, 8, generator=stream(1))
+
+    def shares_and_stack(order):
+        own = [clusters[c] for c in order]
+        traces = normalized_traces(own, kind)
+        shares = domain_weights([sizes[c] for c in order], domain_distances(centres[order]), traces, sign=sign)
+        return shares, stacked(own, shares)["x"].dense()
+
+    shares, stack = shares_and_stack(list(range(5)))
+    shuffled, other = shares_and_stack(order)
+    assert len({round(share, 4) for share in shares}) == 5
+    assert shuffled == pytest.approx([shares[c] for c in order], abs=1e-6)
+    assert torch.allclose(other, stack, atol=1e-6)
 
 
 def test_an_ingredient_can_be_left_out():

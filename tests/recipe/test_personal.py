@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from personae.artefact.save import load_state
 from personae.backbone.pipeline import open_pipeline
 from personae.core import Batch, Round
-from personae.errors import ArtefactError, ConfigError
+from personae.errors import ArtefactError, ConfigError, DataError, ShapeError
 from personae.evaluate.grids import save_grid
 from personae.recipe import personal
 from personae.recipe.config import load_recipe, parse, to_table
@@ -314,6 +314,23 @@ def test_bad_options_are_refused(model, pictures, options, message):
         personal_recipe(model, pictures, **given)
 
 
+def test_one_picture_is_too_few(model, pictures, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "one")
+    with pytest.raises(DataError, match="has 1 images, expected at least 2"):
+        run(personal_recipe(model, tmp_path / "one", "lora", "dog"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "tokens"])
+def test_captions_that_say_nothing_are_refused(model, pictures, tmp_path, method):
+    lines = [json.dumps({"file_name": path.name, "text": " "}) for path in sorted(pictures.glob("*.png"))]
+    (pictures / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+    with pytest.raises(DataError, match="client 'own': 4 of 4 captions say nothing"):
+        run(personal_recipe(model, pictures, method, "dog"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_noun_that_the_model_does_not_know_as_one_word_is_refused(model, pictures, tmp_path):
     with pytest.raises(ConfigError, match=r"'doghouse' to start from is \d tokens"):
         run(personal_recipe(model, pictures, "tokens", "doghouse"), tmp_path / "run")
@@ -398,3 +415,15 @@ def test_a_file_of_another_kind_is_refused_and_nobody_is_added(rex, copy_of, tin
     assert saved.clients == ["rex"]
     with pytest.raises(ConfigError, match="client 'rex' exists"):
         import_client(saved, "rex", "anything.safetensors")
+
+
+def test_an_adapter_for_another_base_is_refused_and_nobody_is_added(rex, copy_of, tmp_path):
+    saved = open_run(copy_of(rex))
+    (file,) = export_parts(saved, "rex", tmp_path / "out", "kohya")
+    wider = {n: torch.cat([v, v], 1) if n.endswith("lora_down.weight") else v for n, v in load_file(file).items()}
+    save_file(wider, file)
+    before = sorted(path.name for path in (saved.folder / "clients").iterdir())
+    with pytest.raises(ShapeError, match=r"-> .*, the model's is"):
+        import_client(saved, "again", file)
+    assert saved.clients == open_run(saved.folder).clients == ["rex"]
+    assert sorted(path.name for path in (saved.folder / "clients").iterdir()) == before

@@ -11,13 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from personae.backbone.text2image import TextToImage
 from personae.core import stream
-from personae.infer.split import SplitPlan, begin, finish, request_digest, unsealed
+from personae.infer.split import SplitPlan, begin, begin_together, finish, request_digest, unsealed
 from personae.serve.app import application
 from personae.serve.batches import Batches, Full
 from personae.serve.limits import Limits, Tokens
 from personae.testing.tiny_pipeline import SCHEDULE, tiny_networks
 
-TOKEN = "a-token-of-anna-0"
+TOKEN, BENS = "a-token-of-anna-0", "b-token-of-ben-00"
 ASKED = {"captions": ["a dog"], "sampler": "dpmsolver++", "steps": 6, "calls": 2, "guidance": 3.0, "seed": 1}
 SAID = ("a dog", "a cat", "a tree", "a drawing of a dog")
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text(f"anna {TOKEN}\nben b-token-of-ben-00\n", "utf-8")
+    path.write_text(f"anna {TOKEN}\nben {BENS}\n", "utf-8")
     return Tokens.read(path)
 
 
@@ -50,26 +50,63 @@ def talk(app, work):
 
 
 def test_a_hundred_requests_at_once_and_none_is_mixed_up(model, tokens):
-    """Two plans and several captions, in batches of sixteen pictures."""
+    """Three plans, several captions and two tokens, in batches of sixteen pictures."""
     key = Ed25519PrivateKey.generate()
     app = application(model, key, tokens, Limits(per_minute=1000))
     asked = [{**ASKED, "captions": [SAID[n % 4]] * (1 + n % 2), "calls": 2 + n % 3, "seed": n % 50} for n in range(100)]
 
     async def work(client):
         public = (await client.get("/v1/model")).json()["key"]
-        return public, await asyncio.gather(*(client.post("/v1/begin", json=each) for each in asked))
+        whose = [{"Authorization": f"Bearer {(TOKEN, BENS)[n // 6 % 2]}"} for n in range(100)]
+        posts = [client.post("/v1/begin", json=each, headers=own) for each, own in zip(asked, whose, strict=True)]
+        return public, await asyncio.gather(*posts)
 
     public, answers = talk(app, work)
     check = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
     assert {answer.status_code for answer in answers} == {200}
-    for each, answer in zip(asked[::7], answers[::7], strict=True):
-        packet = unsealed(answer.content, lambda content, signature: check.verify(signature, content))
+    packets = [unsealed(answer.content, lambda data, signature: check.verify(signature, data)) for answer in answers]
+    assert len({packet.facts["request"] for packet in packets}) == 100
+    for number, (each, packet) in enumerate(zip(asked, packets, strict=True)):
         plan = SplitPlan("dpmsolver++", 6, each["calls"], 3.0)
         alone = begin(model, each["captions"], plan, stream(each["seed"], "begin"))
         assert packet.facts == {**alone.facts, "request": request_digest(each["captions"], plan, each["seed"])}
-        packet = replace(packet, facts=alone.facts)
+        assert packet.extras.keys() == alone.extras.keys()
         assert all(torch.allclose(packet.extras[name], value, atol=1e-4) for name, value in alone.extras.items())
-        assert finish(model, each["captions"], plan, packet).shape == (len(each["captions"]), 3, 8, 8)
+        if number % 7 == 0:
+            pictures = finish(model, each["captions"], plan, replace(packet, facts=alone.facts))
+            assert pictures.shape == (len(each["captions"]), 3, 8, 8)
+
+
+def test_a_batch_has_no_more_than_its_room(app, monkeypatch):
+    seen = []
+
+    def counted(model, requests, plan, rngs):
+        seen.append(sum(map(len, requests)))
+        return begin_together(model, requests, plan, rngs)
+
+    monkeypatch.setattr("personae.serve.app.begin_together", counted)
+    asked = [{**ASKED, "captions": ["a dog"] * 2, "seed": n} for n in range(9)]
+    answers = talk(app(batch=5, batch_seconds=0.2), lambda client: together(client, asked))
+    assert {answer.status_code for answer in answers} == {200}
+    assert sum(seen) == 18 and max(seen) == 4
+
+
+def test_what_does_not_fit_waits_and_what_is_larger_than_the_room_goes_alone():
+    seen = []
+
+    def work(sizes):
+        seen.append(sizes)
+        return sizes
+
+    async def whole():
+        batches = Batches(work, kind=lambda _: 0, size=lambda size: size, room=8, seconds=0.01, waiting=8, each=8)
+        running = asyncio.create_task(batches.run())
+        found = await asyncio.gather(*(batches.ask("anna", size) for size in (5, 3, 1, 8, 2, 9, 4, 4)))
+        running.cancel()
+        return found
+
+    assert asyncio.run(whole()) == [5, 3, 1, 8, 2, 9, 4, 4]
+    assert seen == [[5, 3], [1, 2, 4], [8], [9], [4]]
 
 
 def test_nothing_of_a_request_stays(model, app):
@@ -151,7 +188,7 @@ def test_without_a_token_nothing_is_said(app, header, path):
 def test_the_rate_is_each_ones_own(app):
     async def work(client):
         mine = [(await client.get("/v1/model")).status_code for _ in range(4)]
-        other = await client.get("/v1/model", headers={"Authorization": "Bearer b-token-of-ben-00"})
+        other = await client.get("/v1/model", headers={"Authorization": f"Bearer {BENS}"})
         return mine, other.status_code
 
     assert talk(app(per_minute=3), work) == ([200, 200, 200, 429], 200)

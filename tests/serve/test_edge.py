@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from personae.core import stream
-from personae.data.emoji import pack
 from personae.errors import ArtefactError, ConfigError, RefusedPacket, ServerRefused
 from personae.infer.sample import to_bytes
 from personae.infer.split import SplitPlan, begin, finish
@@ -118,8 +117,12 @@ def test_a_picture_begins_there_and_ends_here(saved, listening, certificate):
     assert b"a dog left of a tree" in sent and b"rex" not in sent
 
 
-def test_nothing_private_is_in_what_travels(saved, listening, certificate, monkeypatch):
-    """All bytes on both ways, as they are before TLS: heads, addresses and bodies."""
+PROMPT, NEUTRAL = "a <rex> dog left of a tree", "a dog left of a tree"
+
+
+@pytest.fixture
+def travelling(saved, listening, certificate, monkeypatch):
+    """Draws, and says all bytes on both ways, as they are before TLS: heads, addresses and bodies."""
     sent, came, send, read = [], [], http.client.HTTPConnection.send, http.client.HTTPResponse.read
 
     def sending(self, data):
@@ -130,24 +133,51 @@ def test_nothing_private_is_in_what_travels(saved, listening, certificate, monke
         came.append(read(self, *asked))
         return came[-1]
 
+    def draw():
+        sample_with(saved, "rex", PROMPT, Server(listening[0], TOKEN, certificate[0]), 0.3, seed=8)
+
     monkeypatch.setattr(http.client.HTTPConnection, "send", sending)
     monkeypatch.setattr(http.client.HTTPResponse, "read", reading)
-    sample_with(saved, "rex", "a <rex> left of a tree", Server(listening[0], TOKEN, certificate[0]), 0.3, seed=8)
+    return draw, sent, came
+
+
+def numbers(value):
+    return json.dumps(value.flatten()[:4].tolist())[1:-1]
+
+
+def private_in(data, run):
+    """The names of the client's own words and arrays that stand there, these as bytes or written out."""
+    own = run.personal("rex")
+    bare = {name: (value.flatten()[:4].numpy().tobytes(), numbers(value).encode()) for name, value in own.items()}
+    found = {name for name, forms in bare.items() if any(form in data for form in forms)}
+    return found | ({"rex"} if b"rex" in data.lower() else set())
+
+
+def test_nothing_private_is_in_what_travels(saved, travelling):
+    draw, sent, came = travelling
+    draw()
     up, down = b"".join(sent), b"".join(came)
     seed = int(torch.randint(2**62, (), generator=stream(8, "server", 0)))
     plan = {"sampler": "dpmsolver++", "steps": 6, "calls": 2, "guidance": 3.0}
-    assert json.loads(sent[-1]) == {"captions": ["a dog left of a tree"], **plan, "seed": seed}
+    assert json.loads(sent[-1]) == {"captions": [NEUTRAL], **plan, "seed": seed}
     packet = came[-1]
     head = packet[8 : 8 + int.from_bytes(packet[:8], "little")]
     assert b"extras/latent" in head, "the packet is what was recorded"
-    for word in ("rex", *pack().words.values()):
-        assert word.encode() not in up and word.encode() not in head
-    for said in ("a dog", "left of", "tree"):
-        assert said.encode() not in head and said.encode() not in down
-    own = saved.personal("rex")
-    assert any(is_word(name) for name in own)
-    for value in own.values():
-        assert value.flatten()[:4].numpy().tobytes() not in up + down
+    assert any(is_word(name) for name in saved.personal("rex"))
+    assert private_in(up, saved) == private_in(down, saved) == set()
+    assert b"dog" not in up.replace(NEUTRAL.encode(), b""), "the noun is in the neutral prompt only"
+    for said in ("dog", "left of", "tree"):
+        assert said.encode() not in down
+
+
+@pytest.mark.parametrize("leak", ["rex", "tokens.<rex>"])
+def test_what_a_careless_client_sends_is_found(saved, travelling, monkeypatch, leak):
+    draw, sent, _ = travelling
+    said = {"rex": PROMPT, "tokens.<rex>": numbers(saved.personal("rex")["tokens.<rex>"])}[leak]
+    monkeypatch.setattr("personae.serve.client.neutral", lambda prompt, words: said)
+    with pytest.raises(ServerRefused, match="tokens, of which this model reads 12"):
+        draw()
+    assert private_in(b"".join(sent), saved) == {leak}
 
 
 def test_the_command_draws_with_a_server(saved, listening, certificate, command, monkeypatch, tmp_path):
