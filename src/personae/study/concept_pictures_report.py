@@ -16,7 +16,7 @@ from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.matrix_chart import SCALE
 from personae.study.concept_scenes import PLAIN, STRICT
 from personae.study.stats import Interval, interval, paired
-from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, where
+from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, file_name, where
 
 UNTAUGHT = "untaught"
 
@@ -148,8 +148,10 @@ def _alone(found: Sequence[Row], names: Sequence[str]) -> Answer:
         )
         numbers[name] = {**plain, "ratio": ratios[0], STRICT: {**strict, "ratio": ratios[1]}}
         findings.append(_told_alone(name, numbers[name], len(concepts)))
-        drawing = confusion_chart(f"confusion-{_key(name)}", name, rows)
-        charts.append(Chart(f"confusion-{_key(name)}", drawing, f"{name}: what is taken for what, one concept each."))
+        drawing = confusion_chart(file_name("confusion", name), name, rows)
+        charts.append(
+            Chart(file_name("confusion", name), drawing, f"{name}: what is taken for what, one concept each.")
+        )
         pictures.append(Picture(rows[0]["picture"], f"{name}. Down: {', '.join(concepts)}. Across: real ones, drawn."))
     marks = (("drawn", 2, "after", "o"), ("through the autoencoder", 5, "up", "s"), ("real", 6, "real", "o"))
     charts.insert(0, _dots("alone", "One concept: taken for itself", lines, (*marks, ("chance", 7, "down", "|"))))
@@ -302,7 +304,3 @@ def _dots(name: str, title: str, lines: Sequence[Sequence[Any]], marks: Sequence
 
     told = "; ".join(f"{line[0]}: " + ", ".join(f"{m[0]} {line[m[1]]:.2f}" for m in marks) for line in lines)
     return Chart(name, chart(f"pictures-{name}", 7.0, 1.2 + 0.34 * len(lines), draw, f"{title}; {told}"), title + ".")
-
-
-def _key(name: str) -> str:
-    return name.replace(" ", "-")

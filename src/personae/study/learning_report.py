@@ -7,12 +7,13 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from personae.evaluate.charts import chart
 from personae.evaluate.forgetting import forgetting
 from personae.evaluate.matrix_chart import matrix_chart
 from personae.study.stats import Interval, interval, paired
-from personae.study.study import Answer, Chart, Entry, Row, Table, where
+from personae.study.study import Answer, Chart, Entry, Row, Table, file_name, where
 
 COLUMNS = (
     "learner",
@@ -48,23 +49,20 @@ def answer(found: Sequence[Row], names: Sequence[str], best: Mapping[str, float 
     joint = [row for row in found if row["stage"] == "joint"]
     findings, compared = _told(names[0], rows, figures)
     tables = [_table(names[0], rows, figures, joint)]
-    charts = [Chart("averages", chart("averages", 6.4, 3.6, _curves(rows), "Average gain"), "Mean gain of all so far.")]
+    charts = [Chart("averages", chart("averages", 7.4, 4.2, _curves(rows), "Average gain"), "Mean gain of all so far.")]
     every = [gain for own in rows.values() for line in own[0]["gains"] for gain in line if gain is not None]
     span = (min(every), max(every))
     for name, own in rows.items():
-        drawing = matrix_chart(_key(name), name, own[0]["concepts"], own[0]["gains"], span=span, digits=3)
+        key = file_name("gains", name)
+        drawing = matrix_chart(key, name, own[0]["concepts"], own[0]["gains"], span=span, digits=3)
         if drawing is not None:
-            charts.append(Chart(_key(name), drawing, f"{name}: gain on each concept after each concept."))
+            charts.append(Chart(key, drawing, f"{name}: gain on each concept after each concept."))
     numbers = {
         "figures": {name: [dict(one) for one in own] for name, own in figures.items()},
         "against the first": compared,
         "joint": [fmean(row["gain"]) for row in joint],
     }
     return Answer(findings, numbers, tables, charts)
-
-
-def _key(name: str) -> str:
-    return f"gains-{name.replace(' ', '-')}"
 
 
 def _of(row: Row) -> dict[str, Any]:
@@ -161,6 +159,7 @@ def _curves(rows: Mapping[str, Sequence[Row]]) -> Any:
                 range(1, count + 1), means, label=name, marker="os^vDPX*<>hd"[number % 12], markersize=4, linewidth=1.2
             )
         axes.set(xlabel="concepts learned", title="Average gain over the concepts so far")
-        axes.legend(fontsize=7, ncols=2, frameon=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     return draw

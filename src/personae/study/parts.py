@@ -11,7 +11,6 @@ how many bytes is the part, how long did it take.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from personae.recipe.models import Model, build_denoiser
 from personae.recipe.schema import Recipe
 from personae.recipe.workflow import open_run
 from personae.study.bench import adapting, trained
-from personae.study.study import Answer, Cell, Chart, Entry, Picture, Row, Table, where
+from personae.study.study import Answer, Cell, Chart, Entry, Picture, Row, Table, file_name, where
 
 NAME = "own"
 WORD = f"<{NAME}>"
@@ -250,11 +249,6 @@ class Parts:
         }
         whole = {rate: rows for rate, rows in by_rate.items() if len(rows) == len(self.seeds)}
         return min(whole.values(), key=lambda rows: fmean(row["loss"] for row in rows), default=())
-
-
-def file_name(*parts: str) -> str:
-    """Without spaces, which a link in a page does not survive."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
 
 
 # --- a client's pictures ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,3 +86,8 @@ class Study(Protocol):
 def where(found: Sequence[Row], **settings: Any) -> list[Row]:
     """The rows whose entries are these."""
     return [row for row in found if all(key in row and row[key] == value for key, value in settings.items())]
+
+
+def file_name(*parts: str) -> str:
+    """Without spaces and commas, which a link in a page does not survive."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
