@@ -52,7 +52,8 @@ def record(folder: Path, recipe: str) -> None:
     saved.report()
     name = recipe.replace("/", "-")
     write_json(papers.result_path(recipe), saved.summary)
-    (PAGES / name).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(PAGES / name, ignore_errors=True)  # of a former recording, other charts may have been there
+    (PAGES / name).mkdir(parents=True)
     for chart in saved.answer.charts:
         shutil.copy(folder / "charts" / f"{chart.name}.svg", PAGES / name)
     for picture in saved.answer.pictures:

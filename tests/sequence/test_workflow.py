@@ -6,15 +6,31 @@ import shutil
 import pytest
 import torch
 
-from personae.artefact.save import load_state
+from personae.artefact.save import load_state, write_bytes
+from personae.continual import CONTINUAL
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.infer.regions import Region
 from personae.recipe.schema import Data
+from personae.sequence import workflow
 from personae.sequence.config import Concept, own_recipe, parse_sequence, sequence_toml
 from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
 from personae.testing.contract import differing_states
 
 RANK = "continual.rank=2"
+OPTIONS = {
+    "textual_inversion": (),
+    "cns": (
+        "continual.budget=0.01",
+        "continual.draws=4",
+        "continual.general_draws=1",
+        "continual.drawing_steps=2",
+    ),
+    "custom_diffusion": (),
+    "mix_of_show": (RANK, "continual.sampling_steps=2"),
+    "ewc": (RANK, "continual.draws=2"),
+    "dsc": (RANK, "continual.consolidation.steps=2", "continual.consolidation.batch_size=2"),
+}
+"""By method, so that it is quick; a low rank where nothing is said."""
 NOUNS = {"rex": "dog", "tom": "cat", "pip": "dog"}
 
 
@@ -28,14 +44,15 @@ def begin(pipeline, small, tmp_path):
     """A function from a method's name to a new run with it."""
 
     def begun(method="sequential_lora", *overrides, folder="run"):
-        rank = () if method == "textual_inversion" else (RANK,)
-        return begin_sequence(*own_recipe(str(pipeline), method, "run", [*small, *rank, *overrides]), tmp_path / folder)
+        options = (*small, *OPTIONS.get(method, (RANK,)), *overrides)
+        return begin_sequence(*own_recipe(str(pipeline), method, "run", options), tmp_path / folder)
 
     return begun
 
 
-def test_a_concept_after_another_and_all_in_one_run_end_in_the_same_bits(begin, concept, tmp_path, pictures):
-    one = begin()
+@pytest.mark.parametrize("method", CONTINUAL)
+def test_a_concept_after_another_and_all_in_one_run_end_in_the_same_bits(begin, concept, tmp_path, pictures, method):
+    one = begin(method)
     for name in NOUNS:
         open_sequence(one.folder).learn(concept(name))  # as somebody does who comes back
     table = sequence_toml(one.recipe, one.method)
@@ -85,6 +102,27 @@ def test_what_was_measured(begin, concept):
     assert summary["losses"][0][1:] == [None, None] and len(summary["losses"][2]) == 3
     page = (run.folder / "report.html").read_text()
     assert "after pip" in page and page.count("data:image/png") == 6
+
+
+def test_words_alone_forget_nothing(begin, concept):
+    run = begin("textual_inversion")
+    for name in ("rex", "tom"):
+        run.learn(concept(name))
+    summary = json.loads((run.folder / "summary.json").read_text())
+    (at_once, _), (later, _) = summary["losses"]
+    assert later == at_once and summary["forgetting"]["forgetting"] == 0
+    assert later != run.events[0]["untaught"], "something was learned that could have been forgotten"
+
+
+def test_no_room_is_said_and_nothing_is_lost(begin, concept):
+    run = begin("orthogonal", "continual.rank=8")  # layers read 16 numbers
+    rooms = [run.learn(concept(name))["facts"]["room"] for name in ("rex", "tom")]
+    assert rooms == [1, 0]
+    before = load_state(run.folder / "kept-002.safetensors")
+    with pytest.raises(ConfigError, match="'pip' is number 3, and with rank 8 there is room for 2"):
+        run.learn(concept("pip"))
+    again = open_sequence(run.folder)
+    assert again.concepts == ["rex", "tom"] and differing_states(again.kept, before) == []
 
 
 def test_earlier_pictures_are_not_needed(begin, concept, pictures, tmp_path):
@@ -174,18 +212,49 @@ def test_a_line_that_was_cut_short_has_not_happened(begin, concept):
     assert again.concepts == ["rex", "tom"]
 
 
+def test_killed_after_kept_and_before_its_line(begin, concept, monkeypatch):
+    whole, killed = begin(folder="whole"), begin()
+    for run in (whole, killed):
+        run.learn(concept("rex"))
+    before = killed.kept
+
+    def kill(path, data, **how):
+        if path.name == "events.jsonl":
+            monkeypatch.undo()
+            raise ArtefactError("killed")
+        write_bytes(path, data, **how)
+
+    monkeypatch.setattr(workflow, "write_bytes", kill)
+    with pytest.raises(ArtefactError, match="killed"):
+        killed.learn(concept("tom"))
+    assert (killed.folder / "kept-002.safetensors").is_file(), "what was kept had been written"
+    again = open_sequence(killed.folder)
+    assert again.concepts == ["rex"] and differing_states(again.kept, before) == []
+    again.learn(concept("tom"))
+    whole.learn(concept("tom"))
+    assert again.concepts == ["rex", "tom"] and differing_states(again.kept, whole.kept) == []
+
+
 def test_what_cannot_be_taught(begin, concept, pictures, tmp_path):
     run = begin()
     run.learn(concept("rex"))
+    before = run.kept
     (tmp_path / "empty").mkdir()
+    shutil.copytree(pictures / "tom", tmp_path / "damaged")
+    (tmp_path / "damaged" / "1.png").write_bytes((pictures / "tom" / "1.png").read_bytes()[:40])
+    (tmp_path / "single").mkdir()
+    shutil.copy(pictures / "tom" / "0.png", tmp_path / "single")
     for wrong, kind, message in (
         (Concept("REX", "dog", concept("tom").data), ConfigError, "'REX' already"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "empty"))), DataError, "no image"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "absent"))), DataError, "absent"),
+        (Concept("new", "dog", Data("folder", path=str(tmp_path / "damaged"))), DataError, r"1\.png: cannot be read"),
+        (Concept("new", "dog", Data("folder", path=str(tmp_path / "single"))), DataError, "at least 2 are needed"),
         (Concept("new", "gryphon", concept("tom").data), ConfigError, "'gryphon' to start from is"),
     ):
         with pytest.raises(kind, match=message):
             run.learn(wrong)
+        assert differing_states(run.kept, before) == []
     for name, noun, message in (("a b", "dog", "cannot be a concept's name"), ("new", " ", "has no noun")):
         with pytest.raises(ConfigError, match=message):
             Concept(name, noun, concept("tom").data)

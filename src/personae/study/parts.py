@@ -234,6 +234,14 @@ class Parts:
                     f"{winner['found']:.0%} with {winner['name']} ({winner['bytes']:,.0f} bytes, drift "
                     f"{winner['drift']:.2f}); real pictures: {winner['found_real']:.0%}."
                 )
+                if "margin" in base:
+                    likest = max(rows[1:], key=lambda row: row["margin"])
+                    real = where(found, stage="base", subject=subject.name)[0]["margin_real"]
+                    findings.append(
+                        f"{subject.name}: likeness to the person, less that to others, goes from {base['margin']:.2f} "
+                        f"to {likest['margin']:.2f} with {likest['name']} ({likest['bytes']:,.0f} bytes, drift "
+                        f"{likest['drift']:.2f}); real pictures: {real:.2f}."
+                    )
                 nearest = min(rows[1:], key=lambda row: row["loss"])
                 findings.append(
                     f"{subject.name}: the loss on pictures held out falls from {base['loss']:.2f} to "
