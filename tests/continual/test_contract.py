@@ -1,14 +1,17 @@
 """Every method, and some that break a rule each."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
+import torch
 
 from personae.continual import CONTINUAL, Dsc, Ewc, SequentialLora, learn
-from personae.core import State, Training
+from personae.continual.contract import words_of
+from personae.core import ClientData, Images, State, Training, stream
 from personae.testing import ContractBroken, check_continual
 from personae.testing.check_continual import SEED, TASKS, TRAINING, client_for
-from personae.testing.contract import differing_states
+from personae.testing.contract import depends_on_what_was_kept, differing_states, holds_no_picture
 
 SMALL = (2, "cross_kv")
 OPTIONS = {
@@ -85,6 +88,85 @@ class DrawsWithWhatIsThere(SequentialLora):
 def test_a_method_that_breaks_a_rule_is_caught(method, broken, build):
     with pytest.raises(ContractBroken, match=broken):
         check_continual(method, build)
+
+
+@dataclass(frozen=True)
+class KeepsItsPictures(SequentialLora):
+    form: Literal["floats", "bytes", "latents", "half"] = "floats"
+
+    def end(self, client, kept):
+        images, model = client.data.train, client.model
+        forms = {"floats": images.floats(), "bytes": images.pixels, "half": images.floats().half()}
+        with torch.no_grad():
+            forms["latents"] = model.encode(images.floats())
+        return replace(super().end(client, kept), extras={"rehearsal": forms[self.form][1:3]})
+
+
+SEEN = {}
+
+
+@dataclass(frozen=True)
+class KeepsItsPicturesOutside(SequentialLora):
+    """The adapter is held back by as much as images of earlier concepts say, which no state shows."""
+
+    def begin(self, client, kept):
+        plan, weight = super().begin(client, kept), sum(float(SEEN[t.name].std()) for t in client.tasks[:-1])
+        SEEN[client.task.name] = client.data.train.floats()
+
+        def held_back(model, batch):
+            return weight * sum(value.square().sum() for name, value in model.live().items() if plan.may_move(name))
+
+        return replace(plan, penalties=(held_back,))
+
+
+def in_front_of(method, build, count, name):
+    """A client with pictures of bytes, that this name draws."""
+    client = client_for(method, build(method.parts, TASKS[:count]), count)
+    pixels = torch.randint(256, (4, *client.model.image_shape), generator=stream(SEED, name)).byte()
+    images = Images(pixels, captions=client.data.train.captions)
+    return replace(client, data=ClientData(images, images))
+
+
+def no_picture_survives(method, build):
+    client = in_front_of(method, build, 1, "rex")
+    kept = learn(method, TRAINING, client, State(), SEED)
+    holds_no_picture(kept, client.data.train, client.model)
+
+
+def no_picture_is_used_again(method, build):
+    def lesson(count, name, kept):
+        return learn(method, TRAINING, in_front_of(method, build, count, name), kept, SEED)
+
+    kept = lesson(1, "rex", State())
+    depends_on_what_was_kept(lambda: lesson(2, "tom", kept), lambda: lesson(1, "another rex", State()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_picture_is_kept(name, build):
+    no_picture_survives(METHODS[name], build)
+    no_picture_is_used_again(METHODS[name], build)
+
+
+@pytest.mark.parametrize("form", ["floats", "bytes", "latents", "half"])
+def test_a_picture_in_a_state_is_caught(form, build):
+    with pytest.raises(ContractBroken, match="extras/rehearsal holds one's"):
+        no_picture_survives(KeepsItsPictures(*SMALL, form=form), build)
+
+
+def test_a_picture_outside_of_every_state_is_caught(build):
+    with pytest.raises(ContractBroken, match="thrown away"):
+        no_picture_is_used_again(KeepsItsPicturesOutside(*SMALL), build)
+
+
+@pytest.mark.parametrize("name", ["c_lora", "orthogonal", "merged_lora", "sequential_lora", "dreambooth"])
+def test_state_grows_as_is_said(name, build):
+    states = [State()]
+    for count in (1, 2, 3):
+        states.append(taught(METHODS[name], build, count, states[-1]))
+    sizes = [replace(state, facts={}).num_bytes() for state in states[1:]]
+    (word,) = words_of(TASKS[0]) & states[1].params.keys()
+    vector = State({word: states[1].params[word]}).num_bytes()
+    assert vector > 0 and [sizes[1] - sizes[0], sizes[2] - sizes[1]] == [vector, vector]
 
 
 def test_every_method_says_where_it_comes_from():

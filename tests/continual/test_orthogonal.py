@@ -11,8 +11,9 @@ import torch
 
 from personae.continual import Orthogonal
 from personae.continual.orthogonal import rows
-from personae.core import State, pick
+from personae.core import State, everything, pick
 from personae.errors import ConfigError
+from personae.local.fit import fit
 from personae.personal.delta import DELTA, is_delta
 from personae.personal.lora import A, B, products
 from personae.testing.contract import differing
@@ -64,6 +65,22 @@ def test_the_frozen_factor_keeps_its_bits_under_adamw_and_decay_and_is_its_conce
         kept = METHOD.end(client, kept)
     for one, other in combinations(learned, 2):
         assert all((one[name] @ other[name].T).abs().max() < 1e-6 for name in one)
+
+
+def test_the_frozen_factor_rests_on_a_model_that_has_drawn(build):
+    model = build(METHOD.parts, small.TASKS[:2])
+    first = small.client_for(METHOD, model, 1)
+    fit(replace(first, plan=METHOD.begin(first, State())), everything, small.TRAINING)
+    kept = METHOD.end(first, State())
+    METHOD.compose(model, kept, ["rex"])
+    small.predicted(model, ("a <rex>",))
+    client = small.client_for(METHOD, model, 2)
+    client = replace(client, plan=METHOD.begin(client, kept))
+    frozen = pick(model.params(), ends_with(A))
+    fit(client, everything, small.TRAINING)
+    assert differing(frozen, pick(model.params(), ends_with(A))) == []
+    assert not any(value.requires_grad for value in pick(model.live(), ends_with(A)).values())
+    assert all(value.any() for value in pick(model.params(), ends_with(B)).values()), "the other factor is learned"
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.6])

@@ -324,10 +324,11 @@ def test_one_picture_is_too_few(model, pictures, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "tokens"])
 def test_captions_that_say_nothing_are_refused(model, pictures, tmp_path, method):
-    lines = [json.dumps({"file_name": path.name, "text": " "}) for path in sorted(pictures.glob("*.png"))]
-    (pictures / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+    silent = shutil.copytree(pictures, tmp_path / "silent")
+    lines = [json.dumps({"file_name": path.name, "text": " "}) for path in sorted(silent.glob("*.png"))]
+    (silent / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
     with pytest.raises(DataError, match="client 'own': 4 of 4 captions say nothing"):
-        run(personal_recipe(model, pictures, method, "dog"), tmp_path / "run")
+        run(personal_recipe(model, silent, method, "dog"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

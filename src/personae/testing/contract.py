@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from personae.core import Arrays, State, Update
+from personae.core import Arrays, Denoiser, Images, State, Update, device_of
 
 
 class ContractBroken(AssertionError):
@@ -59,6 +59,33 @@ def cloned(state: State) -> State:
     )
 
 
+def holds_no_picture(state: State, images: Images, model: Denoiser) -> None:
+    """Of these images no tensor holds one: as floats in the model's range, as bytes, or as the model's latents.
+
+    Every tensor is read as rows of one picture's size, whatever its own shape. Raises: ContractBroken.
+    """
+    floats = images.floats()
+    with torch.no_grad():
+        latents = model.encode(floats.to(device_of(model))).cpu()
+    forms = {"floats": floats, "bytes": floats.add(1).mul(127.5).round(), "latents": latents}
+    tensors = {**state.params, **{f"extras/{name}": value for name, value in state.extras.items()}}
+    found = [f"{name} holds one's {form}" for name, value in tensors.items() for form, pictures in forms.items()
+             if _holds(value, pictures)]  # fmt: skip
+    require(not found, "no tensor of what was kept holds a picture of the concept", some(found))
+
+
+def depends_on_what_was_kept(teach: Callable[[], State], discarded: Callable[[], object]) -> None:
+    """`teach` comes to the same before and after a lesson that is thrown away. Raises: ContractBroken."""
+    before = teach()
+    discarded()
+    names = differing_states(before, teach())
+    require(
+        not names,
+        "what a concept leaves depends on what was kept alone",
+        f"after a lesson on other images that was thrown away, {some(names)} come out otherwise",
+    )
+
+
 def some(names: Sequence[str]) -> str:
     """The first few of many names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -66,3 +93,12 @@ def some(names: Sequence[str]) -> str:
 
 def _bytes(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _holds(value: Tensor, pictures: Tensor) -> bool:
+    """Up to the rounding of half precision."""
+    size = pictures[0].numel()
+    if value.numel() % size:
+        return False
+    rows = value.detach().cpu().float().reshape(-1, size)
+    return any(bool(torch.isclose(rows, each.flatten(), rtol=0.01, atol=0.01).all(1).any()) for each in pictures)
