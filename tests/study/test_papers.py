@@ -84,6 +84,15 @@ def test_forgetting_is_nothing_or_something():
     assert papers.forgets_nothing({"largest_change_of_others": 1e-9}).verdict == "disagrees"
 
 
+@pytest.mark.parametrize(("rivals", "verdict"), [((0.1, 0.2), "agrees"), ((0.2, 0.4), "partly"), ((0.4,), "disagrees")])
+def test_the_best_of_ours_must_end_above_every_rival(rivals, verdict):
+    figures = {"plain": [{"average": 0.1}], "ours": [{"average": 0.2}, {"average": 0.4}]}
+    figures |= {f"rival {n}": [{"average": gain}] for n, gain in enumerate(rivals)}
+    judge = papers.ends_above(("plain", "ours"), tuple(name for name in figures if name.startswith("rival")))
+    assert judge({"figures": figures}).verdict == verdict and "ours 0.300" in judge({"figures": figures}).measured
+    assert judge({"figures": {**figures, "rival 0": []}}).verdict == "not measured"
+
+
 def test_the_page_shows_what_the_command_prints(command):
     told = re.search(r"<!-- claims -->\n(.*)<!-- end of claims -->", (DOCS / "papers.md").read_text("utf-8"), re.S)
     assert told is not None and told[1].strip() == papers.markdown(papers.table())

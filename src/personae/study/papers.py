@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from personae.study.report import markdown_rows
@@ -18,6 +19,8 @@ from personae.study.report import markdown_rows
 RESULTS = Path(__file__).parent / "results"
 
 SPIRE = "Ozkara, Zhou, Diggavi 2025, SPIRE, arXiv:2506.12303"
+DC_SCORES = "Jha et al. 2025, diffusion-classifier scores, arXiv:2410.00700"
+NEURONS = "Liao et al. 2025, concept neuron selection, arXiv:2510.02296"
 
 REFERENCE = "centralized"
 """What is measured beside the rivals, and is none of them: its pre-training has everybody's images in one place."""
@@ -224,6 +227,26 @@ def has_to_be_trained_with(numbers: Numbers) -> Judged:
     )
 
 
+def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numbers], Judged]:
+    """By the average gain after the last concept, the best of ours against each of the rivals."""
+
+    def judge(numbers: Numbers) -> Judged:
+        figures = numbers.get("figures", {})
+        if not all(figures.get(name) for name in (*ours, *rivals)):
+            return Judged("", "not measured", "the study has not come far enough")
+        gains = {name: fmean(run["average"] for run in figures[name]) for name in (*ours, *rivals)}
+        best = max(ours, key=lambda name: gains[name])
+        below = [name for name in rivals if gains[name] < gains[best]]
+        told = ", ".join(f"{name} {gains[name]:.3f}" for name in (best, *rivals))
+        return Judged(
+            f"average gain in the end: {told}",
+            "agrees" if len(below) == len(rivals) else "partly" if below else "disagrees",
+            f"above {len(below)} of {len(rivals)}; runs of each: {len(figures[best])}; one run says nothing of chance",
+        )
+
+    return judge
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         SPIRE, "the mixing weight is recovered by gradient descent on the DDPM loss", "theory/two_components", recovers
@@ -243,4 +266,16 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(SPIRE, "new clients beat every rival (digits, kernel distance)", "unseen/one_class", beats_rivals("kid")),
     Claim(SPIRE, "adapting forgets nothing of others", "unseen/one_class", forgets_nothing),
     Claim(SPIRE, "the backbone has to be trained with embeddings", "ablations/prepared", has_to_be_trained_with),
+    Claim(
+        DC_SCORES,
+        "regularising by diffusion-classifier scores outperforms C-LoRA and other baselines",
+        "continual/compare",
+        ends_above(("EWC DC", "EWC DC, loose", "DSC"), ("C-LoRA", "EWC", "sequential LoRA", "textual inversion")),
+    ),
+    Claim(
+        NEURONS,
+        "tuning concept neurons outperforms earlier methods",
+        "continual/compare",
+        ends_above(("CNS",), ("Orthogonal", "Mix-of-Show", "Custom Diffusion", "sequential LoRA")),
+    ),
 )
