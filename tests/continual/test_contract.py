@@ -8,10 +8,10 @@ import torch
 
 from personae.continual import CONTINUAL, Dsc, Ewc, SequentialLora, learn
 from personae.continual.contract import words_of
-from personae.core import ClientData, Images, State, Training, stream
+from personae.core import State, Training
 from personae.testing import ContractBroken, check_continual
 from personae.testing.check_continual import SEED, TASKS, TRAINING, client_for
-from personae.testing.contract import depends_on_what_was_kept, differing_states, holds_no_picture
+from personae.testing.contract import differing_states
 
 SMALL = (2, "cross_kv")
 OPTIONS = {
@@ -119,43 +119,15 @@ class KeepsItsPicturesOutside(SequentialLora):
         return replace(plan, penalties=(held_back,))
 
 
-def in_front_of(method, build, count, name):
-    """A client with pictures of bytes, that this name draws."""
-    client = client_for(method, build(method.parts, TASKS[:count]), count)
-    pixels = torch.randint(256, (4, *client.model.image_shape), generator=stream(SEED, name)).byte()
-    images = Images(pixels, captions=client.data.train.captions)
-    return replace(client, data=ClientData(images, images))
-
-
-def no_picture_survives(method, build):
-    client = in_front_of(method, build, 1, "rex")
-    kept = learn(method, TRAINING, client, State(), SEED)
-    holds_no_picture(kept, client.data.train, client.model)
-
-
-def no_picture_is_used_again(method, build):
-    def lesson(count, name, kept):
-        return learn(method, TRAINING, in_front_of(method, build, count, name), kept, SEED)
-
-    kept = lesson(1, "rex", State())
-    depends_on_what_was_kept(lambda: lesson(2, "tom", kept), lambda: lesson(1, "another rex", State()))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_no_picture_is_kept(name, build):
-    no_picture_survives(METHODS[name], build)
-    no_picture_is_used_again(METHODS[name], build)
-
-
 @pytest.mark.parametrize("form", ["floats", "bytes", "latents", "half"])
 def test_a_picture_in_a_state_is_caught(form, build):
     with pytest.raises(ContractBroken, match="extras/rehearsal holds one's"):
-        no_picture_survives(KeepsItsPictures(*SMALL, form=form), build)
+        check_continual(KeepsItsPictures(*SMALL, form=form), build)
 
 
 def test_a_picture_outside_of_every_state_is_caught(build):
     with pytest.raises(ContractBroken, match="thrown away"):
-        no_picture_is_used_again(KeepsItsPicturesOutside(*SMALL), build)
+        check_continual(KeepsItsPicturesOutside(*SMALL), build)
 
 
 @pytest.mark.parametrize("name", ["c_lora", "orthogonal", "merged_lora", "sequential_lora", "dreambooth"])

@@ -105,7 +105,7 @@ def test_what_was_measured(begin, concept):
 
 
 def test_words_alone_forget_nothing(begin, concept):
-    run = begin("textual_inversion")
+    run = begin("textual_inversion", "lesson.training.weight_decay=10")
     for name in ("rex", "tom"):
         run.learn(concept(name))
     summary = json.loads((run.folder / "summary.json").read_text())

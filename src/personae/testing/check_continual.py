@@ -14,7 +14,15 @@ from personae.artefact.save import load_state, save_state
 from personae.continual.contract import Continual, Parts, caption, load_kept, words_of
 from personae.continual.learning import learn
 from personae.core import Client, ClientData, Denoiser, Given, Images, State, Task, Training, pick, stream
-from personae.testing.contract import cloned, differing, differing_states, require, some
+from personae.testing.contract import (
+    cloned,
+    depends_on_what_was_kept,
+    differing,
+    differing_states,
+    holds_no_picture,
+    require,
+    some,
+)
 
 SEED = 7
 TASKS = (Task("rex", "<rex>", "dog"), Task("tom", "<tom>", "cat"), Task("pip", "<pip>", "dog"))
@@ -32,7 +40,8 @@ def check_continual(method: Continual, build: Build) -> None:
     - `begin` may be called again, and leaves the same;
     - earlier concepts' words, the frozen weights and the arguments keep their bits;
     - a concept taught after others depends on these by what was kept alone, and not on their images;
-    - what was kept can be drawn with, whatever the model held before.
+    - what was kept can be drawn with, whatever the model held before;
+    - no tensor of what was kept holds a picture of the concept, and none is held where no state shows it.
 
     Raises: ContractBroken, at the first contract that does not hold.
     """
@@ -98,7 +107,28 @@ def it_can_be_drawn_with(method: Continual, build: Build) -> None:
     require(not names, "`compose` depends on what was kept alone", f"{some(names)} differ")
 
 
-CONTRACTS = (nothing_else_survives, begin_may_be_called_again, what_is_not_taught_stays, it_can_be_drawn_with)
+def no_picture_is_kept(method: Continual, build: Build) -> None:
+    client = _in_front_of_bytes(method, build, 1, "rex")
+    kept = learn(deepcopy(method), TRAINING, client, State(), SEED)
+    holds_no_picture(kept, client.data.train, client.model)
+
+
+def no_picture_is_used_again(method: Continual, build: Build) -> None:
+    def lesson(count: int, name: str, kept: State) -> State:
+        return learn(method, TRAINING, _in_front_of_bytes(method, build, count, name), kept, SEED)
+
+    kept = lesson(1, "rex", State())
+    depends_on_what_was_kept(lambda: lesson(2, "tom", kept), lambda: lesson(1, "another rex", State()))
+
+
+CONTRACTS = (
+    nothing_else_survives,
+    begin_may_be_called_again,
+    what_is_not_taught_stays,
+    it_can_be_drawn_with,
+    no_picture_is_kept,
+    no_picture_is_used_again,
+)
 
 
 def _taught(method: Continual, build: Build, count: int) -> State:
@@ -119,6 +149,15 @@ def client_for(method: Continual, model: Denoiser, count: int) -> Client:
     given = Given(_images(model, f"prior {task.noun}", caption(task, task.noun)), ("a tree", "a cat", "a house"))
     rng = stream(SEED, "own", task.name)
     return Client("own", ClientData(images, images), model, rng, tasks=TASKS[:count], given=given)
+
+
+def _in_front_of_bytes(method: Continual, build: Build, count: int, name: str) -> Client:
+    """The same with pictures of bytes, that this name draws, where the model knows the size of pictures."""
+    client = client_for(method, build(method.parts, TASKS[:count]), count)
+    shape = getattr(client.model, "image_shape", client.model.sample_shape)
+    pixels = torch.randint(256, (4, *shape), generator=stream(SEED, "images", name)).byte()
+    images = Images(pixels, captions=client.data.train.captions)
+    return replace(client, data=ClientData(images, images))
 
 
 def _images(model: Denoiser, name: str, said: str) -> Images:

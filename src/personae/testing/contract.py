@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def holds_no_picture(state: State, images: Images, model: Denoiser) -> None:
         latents = model.encode(floats.to(device_of(model))).cpu()
     forms = {"floats": floats, "bytes": floats.add(1).mul(127.5).round(), "latents": latents}
     tensors = {**state.params, **{f"extras/{name}": value for name, value in state.extras.items()}}
-    found = [f"{name} holds one's {form}" for name, value in tensors.items() for form, pictures in forms.items()
-             if _holds(value, pictures)]  # fmt: skip
+    pairs = product(tensors.items(), forms.items())
+    found = [f"{name} holds one's {form}" for (name, value), (form, pictures) in pairs if _holds(value, pictures)]
     require(not found, "no tensor of what was kept holds a picture of the concept", some(found))
 
 
