@@ -125,21 +125,21 @@ class ClusterLora:
             raise EmptyRound("no update in this round says what its client is like; check the clients' captions")
         new = {update.client: normalize(update.sent.extras[DESCRIPTOR], dim=0) for update in arrived}
         seen = {**_under(server.extras, f"{SEEN}."), **new}
-        start = read(server.params)
+        start, before = read(server.params), _clusters(server)
         went = {update.client: update.sent.params for update in arrived}
         members = self._grouping.after(
             server.facts,
             round_number := int(server.facts["round"]) + 1,
             seen,
             [update.client for update in arrived],
-            _clusters(server),
+            before,
             lambda name: stacked([read(went[name]), start], [1.0, -1.0]),
         )
         groups, settled = members.groups, members.settled
         clusters: list[Adapter] = []
         extras: dict[str, Tensor] = {f"{SEEN}.{name}": value for name, value in seen.items()}
         for number in range(members.count):
-            begin, carried = self._start(server, groups, number)
+            begin, carried = self._start(server, before, groups, number)
             counts = [(update, members.counts(update.client)) for update in arrived if groups[update.client] == number]
             own = [(update, counted) for update, counted in counts if counted]
             combined, rest = self._inside(begin, server, own, carried) if own else (begin, carried)
@@ -165,7 +165,8 @@ class ClusterLora:
         shown = [n for n in range(int(server.facts["clusters"])) if f"{WITHHELD} {n}" not in server.facts]
         if not shown:
             return State(server.params)
-        clusters = [read(_under(server.extras, f"{CLUSTER}.{number}.")) for number in shown]
+        whole = _clusters(server)
+        clusters = [whole[number] for number in shown]
         everyone = stacked(clusters, [float(server.facts[f"share {number}"]) for number in shown])
         extras: dict[str, Tensor] = {}
         for place, number in enumerate(shown):
@@ -177,7 +178,9 @@ class ClusterLora:
     def _grouping(self) -> Grouping:
         return Grouping(self.most_clusters, self.smallest_cluster, self.grouping_rounds, self.probation)
 
-    def _start(self, server: State, groups: Mapping[str, int], number: int) -> tuple[Adapter, Arrays]:
+    def _start(
+        self, server: State, clusters: Sequence[Adapter], groups: Mapping[str, int], number: int
+    ) -> tuple[Adapter, Arrays]:
         """What a group goes on from, and what is carried: of the group that most of its members come from; those that
         went into it whole come in by their members. What all have in common where all are new."""
         before = groups_in(server.facts)
@@ -186,7 +189,6 @@ class ClusterLora:
             return read(server.params), {}
         first, were = max(sorted(came), key=lambda old: came[old]), Counter(before.values())
         whole = [first, *(old for old in sorted(came) if old != first and came[old] == were[old])]
-        clusters = _clusters(server)
         start = self._common([clusters[old] for old in whole], rules.shares_of([came[old] for old in whole]))
         return start, _under(server.extras, f"{REST}.{first}.")
 

@@ -148,10 +148,9 @@ def _alone(found: Sequence[Row], names: Sequence[str]) -> Answer:
         )
         numbers[name] = {**plain, "ratio": ratios[0], STRICT: {**strict, "ratio": ratios[1]}}
         findings.append(_told_alone(name, numbers[name], len(concepts)))
-        drawing = confusion_chart(file_name("confusion", name), name, rows)
-        charts.append(
-            Chart(file_name("confusion", name), drawing, f"{name}: what is taken for what, one concept each.")
-        )
+        key = file_name("confusion", name)
+        drawing = confusion_chart(key, name, rows)
+        charts.append(Chart(key, drawing, f"{name}: what is taken for what, one concept each."))
         pictures.append(Picture(rows[0]["picture"], f"{name}. Down: {', '.join(concepts)}. Across: real ones, drawn."))
     marks = (("drawn", 2, "after", "o"), ("through the autoencoder", 5, "up", "s"), ("real", 6, "real", "o"))
     charts.insert(0, _dots("alone", "One concept: taken for itself", lines, (*marks, ("chance", 7, "down", "|"))))
