@@ -236,12 +236,14 @@ def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numb
             return Judged("", "not measured", "the study has not come far enough")
         gains = {name: fmean(run["average"] for run in figures[name]) for name in (*ours, *rivals)}
         best = max(ours, key=lambda name: gains[name])
+        runs = len(figures[best])
         below = [name for name in rivals if gains[name] < gains[best]]
         told = ", ".join(f"{name} {gains[name]:.3f}" for name in (best, *rivals))
         return Judged(
             f"average gain in the end: {told}",
             "agrees" if len(below) == len(rivals) else "partly" if below else "disagrees",
-            f"above {len(below)} of {len(rivals)}; runs of each: {len(figures[best])}; one run says nothing of chance",
+            f"above {len(below)} of {len(rivals)}; runs of each: {runs}"
+            + "; one run says nothing of chance" * (runs == 1),
         )
 
     return judge
