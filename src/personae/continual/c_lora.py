@@ -18,7 +18,9 @@ from personae.personal.lora import is_lora
 
 @dataclass(frozen=True)
 class CLora:
-    """W_t = W_0 + the sum of earlier B A + B_t A_t, on keys and values of cross-attention; the new product pays
+    """A fresh adapter for every concept, which keeps off what earlier concepts have changed.
+
+    W_t = W_0 + the sum of earlier B A + B_t A_t, on keys and values of cross-attention; the new product pays
     `weight` times its overlap with that sum.
 
     The word starts at random numbers, as widely spread as the table of known tokens, and captions leave the noun out.

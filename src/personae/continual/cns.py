@@ -32,7 +32,9 @@ NUM_NEURONS, NUM_SHARED = "neurons", "shared"
 
 @dataclass(frozen=True)
 class Cns:
-    """A neuron is one weight of keys and values of cross-attention. Those of a concept are base and not general; of
+    """Only a few weights train for a concept: those that matter for it and for little else.
+
+    A neuron is one weight of keys and values of cross-attention. Those of a concept are base and not general; of
     them the most important `budget`, as a share of the U-Net's weights.
 
         base        in every layer the `base_share` with the largest E |w dL/dw| on the concept's images

@@ -29,7 +29,9 @@ have; it explodes where concepts are told in nearly the same words and want othe
 
 @dataclass(frozen=True)
 class CustomDiffusion:
-    """Each concept trains its word, and from the untaught weights W_0 keys and values of cross-attention, on
+    """Keys and values of cross-attention train for every concept; then all concepts are solved for together.
+
+    Each concept trains its word, and from the untaught weights W_0 keys and values of cross-attention, on
     DreamBooth's loss. Then, with C_i the text features of "<rex> dog" and "a <rex> dog", and V_i = W_i C_i what the
     trained weights make of them,
 

@@ -19,7 +19,9 @@ from personae.personal.lora import is_lora
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """loss(images, "a <rex> dog") + prior_weight * loss(pictures of the untaught model, "a dog"), as many of each in a
+    """One adapter that trains on, beside pictures that the untaught model draws of the same noun.
+
+    loss(images, "a <rex> dog") + prior_weight * loss(pictures of the untaught model, "a dog"), as many of each in a
     step.
 
     The adapter trains on from concept to concept: the noun is protected, and no earlier concept is.

@@ -25,7 +25,9 @@ POOL = "pool."
 
 @dataclass(frozen=True)
 class Dsc:
-    """After a concept is learned, on its own images:
+    """One adapter that trains on; then what was learned and what an earlier concept left are distilled into it.
+
+    After a concept is learned, on its own images:
 
         a * H(P_1, P_S) + a * H(P_2, P_S) + b * |e_1(c_n) - e_S(c_n)|^2 + b * |e_2(c_j) - e_S(c_j)|^2
 

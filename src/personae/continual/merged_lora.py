@@ -17,7 +17,9 @@ from personae.personal.lora import is_lora
 
 @dataclass(frozen=True)
 class MergedLora:
-    """`merge` says how a concept's change q joins the change p of all before it: "sum" p + q ("merge_init" in the
+    """A fresh adapter for every concept, which then goes into the weights.
+
+    `merge` says how a concept's change q joins the change p of all before it: "sum" p + q ("merge_init" in the
     source, merge and reinitialise), or "larger", number by number whichever of p and q has the larger magnitude, the
     later one on ties ("magmax"; it depends on the order).
 

@@ -37,7 +37,9 @@ GENERAL_PICTURES = 8
 
 @dataclass(frozen=True)
 class MixOfShow:
-    """Each concept trains an adapter, dW = B A, and its word, from the untaught weights W_0. Then, in every layer, with
+    """Every concept has an adapter of its own; then weights are solved for that do for all concepts what these do.
+
+    Each concept trains an adapter, dW = B A, and its word, from the untaught weights W_0. Then, in every layer, with
     X_i what the layer reads of concept i,
 
         W = argmin sum_i |(W_0 + dW_i) X_i - W X_i|^2,

@@ -24,7 +24,9 @@ USED, ROOM = "used", "room"
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """A_n is frozen: R rows of one orthonormal basis that no other concept has; B_n trains from zero, and `factor`
+    """Half of a fresh adapter trains for every concept; the other half reads directions that no other concept has.
+
+    A_n is frozen: R rows of one orthonormal basis that no other concept has; B_n trains from zero, and `factor`
     times B_n A_n joins the sum. So A_i A_j^T = 0, exactly, until the basis is used up: after in / R concepts.
 
     Source: Po et al. 2024, arXiv:2312.02432. Departures: rows are disjoint, where the paper draws them
