@@ -418,7 +418,33 @@ def test_a_file_of_another_kind_is_refused_and_nobody_is_added(rex, copy_of, tin
         import_client(saved, "rex", "anything.safetensors")
 
 
-def test_an_adapter_for_another_base_is_refused_and_nobody_is_added(rex, copy_of, tmp_path):
+@pytest.mark.parametrize("form", ["diffusers", "peft", "kohya", "textual_inversion", "textual_inversion_a1111"])
+def test_parts_for_another_base_of_the_same_shape_are_refused(rex, model, pictures, copy_of, tmp_path, form):
+    """A file of ours knows the weights it was trained on, whatever the folder is called."""
+    other = shutil.copytree(model, tmp_path / model.name)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.1 for name, value in load_file(weights).items()}, weights)
+    saved = run(
+        personal_recipe(other, pictures, "lora+tokens", "dog", name="rex", overrides=["rounds=1"]), tmp_path / "run"
+    )
+    files = export_parts(open_run(copy_of(rex)), "rex", tmp_path / "out", form)
+    file = tmp_path / "out/unet" if form == "peft" else files[0]
+    with pytest.raises(ArtefactError, match=rf"is for another base: it was trained on {model.name} \(.*--other-base"):
+        import_client(saved, "again", file)
+    assert saved.clients == ["rex"]
+    assert import_client(saved, "again", file, other_base=True).base == model.name
+    assert saved.clients == ["again", "rex"]
+
+
+def test_a_base_in_half_precision_is_the_same_base(rex, model, pictures, copy_of, tmp_path):
+    recipe = personal_recipe(model, pictures, "lora", "dog", overrides=["backbone.half=true", "rounds=1"])
+    halved = run(recipe, tmp_path / "run")
+    assert torch.bfloat16 in {value.dtype for value in halved.denoiser.base().values()}
+    import_client(halved, "again", export_parts(open_run(copy_of(rex)), "rex", tmp_path / "out", "kohya")[0])
+    assert halved.clients == ["again", "own"]
+
+
+def test_an_adapter_of_another_width_is_refused_and_nobody_is_added(rex, copy_of, tmp_path):
     saved = open_run(copy_of(rex))
     (file,) = export_parts(saved, "rex", tmp_path / "out", "kohya")
     wider = {n: torch.cat([v, v], 1) if n.endswith("lora_down.weight") else v for n, v in load_file(file).items()}

@@ -51,17 +51,22 @@ CLIPS = ("clip_l", "clip_g")
 BASE = "base_model"
 """In the header of a file: what the parts were made for, where the format has no place of its own for it."""
 
+BASE_DIGEST = "personae_base"
+"""In the header of a file: the weights that the parts were trained on, which tell models of one shape apart."""
+
 
 @dataclass(frozen=True)
 class Parts:
     """Adapters and words under our names. Without an alpha every layer's is its own rank: the factor is 1.
 
-    `base` says which model they are for, in the words of whoever wrote them.
+    `base` says which model they are for, in the words of whoever wrote them; `base_digest` by its weights, where we
+    wrote it.
     """
 
     params: Arrays
     alpha: float | None = None
     base: str = ""
+    base_digest: str = ""
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
@@ -200,7 +205,7 @@ def _peft(parts: Parts, name: str) -> dict[str, bytes]:
         }
         folder = network.removesuffix(".")
         files[f"{folder}/{PEFT_CONFIG}"] = (json_text(config, indent=2) + "\n").encode()
-        files[f"{folder}/{PEFT_FILE}"] = _file(tensors)
+        files[f"{folder}/{PEFT_FILE}"] = _file(tensors, parts)
     return files
 
 
@@ -272,7 +277,7 @@ FORMS: Mapping[Form, Callable[[Parts, str], dict[str, bytes]]] = {
 }
 
 
-def _file(tensors: Arrays, parts: Parts | None = None, **about: str) -> bytes:
-    told = {BASE: parts.base} if parts is not None and parts.base else {}
+def _file(tensors: Arrays, parts: Parts, **about: str) -> bytes:
+    told = {key: value for key, value in ((BASE, parts.base), (BASE_DIGEST, parts.base_digest)) if value}
     apart = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     return save(apart, metadata={"format": "pt", **told, **about})

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from personae.artefact.formats import BASE, CLIPS, LORA_FILE, LORA_HEADER, PEFT_CONFIG, PEFT_FILE
+from personae.artefact.formats import BASE, BASE_DIGEST, CLIPS, LORA_FILE, LORA_HEADER, PEFT_CONFIG, PEFT_FILE
 from personae.artefact.formats_names import ALPHA, NETWORKS, is_flat, looks_like_text, taken_apart
 from personae.artefact.save import load_arrays, read_json, read_metadata
 from personae.core import Arrays
@@ -33,6 +34,7 @@ class Found:
     base: str = ""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of peft, by network
     word: str = ""
+    base_digest: str = ""
 
 
 def refuse_pickle(path: Path) -> None:
@@ -54,21 +56,20 @@ def opened(path: Path) -> Found | None:
     if metadata.get("format", "").startswith("personae"):
         return None
     base = metadata.get(BASE) or metadata.get("ss_base_model_version") or metadata.get("ss_sd_model_name") or ""
+    found = partial(Found, arrays=arrays, base=base, base_digest=metadata.get(BASE_DIGEST, ""))
     if set(CLIPS) <= arrays.keys():
-        return Found("textual inversion, SDXL", arrays, base, word=metadata.get("name", path.stem))
+        return found("textual inversion, SDXL", word=metadata.get("name", path.stem))
     if "emb_params" in arrays:
-        return Found("textual inversion, A1111", arrays, base, word=metadata.get("name", path.stem))
-    parts = [found for key in arrays if (found := taken_apart(key))]
+        return found("textual inversion, A1111", word=metadata.get("name", path.stem))
+    parts = [told for key in arrays if (told := taken_apart(key))]
     if all(part == ALPHA for _, part in parts):
-        return (
-            Found("textual inversion, diffusers", arrays, base, word=next(iter(arrays))) if _is_word(arrays) else None
-        )
+        return found("textual inversion, diffusers", word=next(iter(arrays))) if _is_word(arrays) else None
     if any(is_flat(layer) for layer, _ in parts):
-        return Found("LoRA, kohya", arrays, base)
+        return found("LoRA, kohya")
     if any(key.startswith("base_model.model.") for key in arrays):
         raise ArtefactError(f"{path} is one of peft's two files; {PEFT_CONFIG}, which says its alpha, is not beside it")
     old = not any(re.search(r"\.lora_[AB]\b", key) for key in arrays)
-    return Found("LoRA, diffusers" + " before peft" * old, arrays, base, _headed(path, metadata))
+    return found("LoRA, diffusers" + " before peft" * old, configs=_headed(path, metadata))
 
 
 def _is_word(arrays: Arrays) -> bool:
@@ -99,7 +100,7 @@ def _folder(path: Path) -> Found | None:
     folders = [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
     if not folders:
         return opened(path / LORA_FILE) if (path / LORA_FILE).is_file() else None
-    arrays, configs, base = dict[str, Tensor](), dict[str, Mapping[str, Any]](), ""
+    arrays, configs, base, base_digest = dict[str, Tensor](), dict[str, Mapping[str, Any]](), "", ""
     for folder in folders:
         config = read_json(folder / PEFT_CONFIG)
         if not isinstance(config, dict):
@@ -117,4 +118,5 @@ def _folder(path: Path) -> Found | None:
         arrays |= {network + key: value for key, value in found.items()}
         configs[network] = config
         base = base or str(config.get("base_model_name_or_path") or "")
-    return Found("LoRA, peft", arrays, base, configs)
+        base_digest = base_digest or read_metadata(folder / PEFT_FILE).get(BASE_DIGEST, "")
+    return Found("LoRA, peft", arrays, base, configs, base_digest=base_digest)

@@ -57,13 +57,14 @@ class Matched:
     """What was taken from a file.
 
     `taken` are our names; `unmatched` the file's other keys, each with the reason; `missing` the model's names of the
-    same kind for which the file has nothing.
+    same kind for which the file has nothing; `base` is what the file says it was made for, "" when it says nothing.
     """
 
     kind: str
     taken: tuple[str, ...]
     unmatched: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    base: str = ""
 
 
 def import_parts(path: Path, model: Arrays | None = None) -> tuple[Parts, Matched]:
@@ -90,7 +91,8 @@ def import_parts(path: Path, model: Arrays | None = None) -> tuple[Parts, Matche
     params, shared = _one_alpha(params, alphas)
     same_kind = {name for name in model or () if (name.endswith((A, B)) if alphas else is_word(name))}
     missing = tuple(sorted(same_kind - params.keys()))
-    return Parts(params, shared, found.base), Matched(found.kind, tuple(params), unmatched, missing)
+    parts = Parts(params, shared, found.base, found.base_digest)
+    return parts, Matched(found.kind, tuple(params), unmatched, missing, found.base)
 
 
 def described(path: Path) -> dict[str, Any]:

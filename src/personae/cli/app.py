@@ -277,21 +277,25 @@ def import_file(
     run: RunArgument,
     file: Annotated[Path, typer.Option(help="A LoRA or a textual inversion, in safetensors; peft's is a folder.")],
     name: Annotated[str, typer.Option(help="What to call the new client.")],
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Take it also when it was trained on other weights than the run's.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Add a client whose adapters or words another tool has made."""
     from personae.recipe.exchange import import_client
     from personae.recipe.workflow import open_run
 
-    matched = import_client(open_run(run), name, file)
+    matched = import_client(open_run(run), name, file, other_base=other_base)
     found = {
         "client": name,
         "type": matched.kind,
+        "base_model": matched.base or "not told",
         "taken": list(matched.taken),
         "unmatched": dict(matched.unmatched),
         "missing": list(matched.missing),
     }
-    lines = [f"{name}: {matched.kind}, {len(matched.taken)} tensors taken"]
+    lines = [f"{name}: {matched.kind}, for {matched.base or 'a base not told'}, {len(matched.taken)} tensors taken"]
     lines += [f"not taken: {key}: {why}" for key, why in list(matched.unmatched.items())[:10]]
     lines += [
         f"{len(matched.missing)} parts are not in it and stay as at the start: {', '.join(matched.missing[:3])}"
