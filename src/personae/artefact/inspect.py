@@ -31,8 +31,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "kind": metadata.get("kind", metadata.get("format", "safetensors")),
-        **described(path),
+        **(described(path) or {"kind": metadata.get("kind", metadata.get("format", "safetensors"))}),
         "metadata": metadata,
         "values": sum(a.numel() for a in arrays.values()),
         "tensors": {
