@@ -177,6 +177,10 @@ def test_another_tool_draws_the_same_with_our_adapters(form, case, networks, mod
     for what, mine, yours, plain in zip(("text encoder", "U-Net"), expected, found, without, strict=True):
         assert apart([mine], [yours]) < 1e-5, what
         assert apart([mine], [plain]) > 1e-2, f"the {what}'s adapters do nothing, so nothing was shown"
+    weights = [*pipeline.unet.named_parameters(), *pipeline.text_encoder.named_parameters()]
+    loaded = [value for name, value in weights if ".lora_A." in name or ".lora_B." in name]
+    assert len(loaded) == len(params), "every layer of the file has its adapter, and no other layer has one"
+    assert all(value.any() for value in loaded), "none is as it was before its file was read"
 
 
 @pytest.mark.parametrize("form", ["textual_inversion", "textual_inversion_a1111"])
