@@ -1,18 +1,16 @@
 """From a run to a picture that a server began, over HTTPS, with real sockets."""
 
-import datetime
 import http.client
-import ipaddress
+import itertools
 import json
+import socket
+import ssl
 import threading
 import time
 
 import pytest
 import torch
 import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from personae.core import stream
@@ -24,11 +22,13 @@ from personae.recipe.personal import personal_recipe
 from personae.recipe.workflow import run
 from personae.serve.app import application
 from personae.serve.client import Server, neutral, sample_with
+from personae.serve.edge import listening as listening_as
 from personae.serve.edge import read_key, serve, shared_model
 from personae.serve.limits import Tokens
 from personae.testing.tiny_pipeline import tiny_pipeline
 
 TOKEN = "a-token-of-anna-0"
+HEAD_SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +54,6 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Of 127.0.0.1, signed by itself: (certificate, key)."""
-    folder, key = tmp_path_factory.mktemp("tls"), ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    )
-    return folder / "cert.pem", folder / "key.pem"
-
-
-@pytest.fixture(scope="module")
 def listening(saved, certificate, tmp_path_factory):
     """Its address, and the bodies of all requests that came."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
@@ -90,10 +68,7 @@ def listening(saved, certificate, tmp_path_factory):
 
         await app(scope, heard if scope["type"] == "http" else receive, send)
 
-    config = uvicorn.Config(
-        recording, port=0, ssl_certfile=certificate[0], ssl_keyfile=certificate[1], log_level="warning", ws="none"
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(listening_as(recording, "127.0.0.1", 0, *certificate, seconds=HEAD_SECONDS))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -203,6 +178,33 @@ def test_a_server_that_is_not_known_is_not_trusted(saved, listening, certificate
         sample_with(saved, "rex", "a <rex>", Server(url, TOKEN, certificate[0], other), 0.3)
     with pytest.raises(ServerRefused, match="cannot be reached"):
         sample_with(saved, "rex", "a <rex>", Server("https://127.0.0.1:1", TOKEN), 0.3)
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /v1/model HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "second"])
+def test_the_head_of_a_request_has_its_time_however_it_comes(listening, certificate, first):
+    """A letter now and then keeps no connection open, be it the first request of a connection or a later one."""
+    port = int(listening[0].rsplit(":", 1)[1])
+    context = ssl.create_default_context(cafile=certificate[0])
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as client,
+    ):
+        if first:
+            client.sendall(first)
+            assert b"401" in client.recv(4096)
+            time.sleep(0.1)
+        client.settimeout(0.1)
+        began = time.monotonic()
+        for letter in itertools.cycle(b"X"):
+            try:
+                client.sendall(bytes([letter]))
+                if client.recv(4096) == b"":
+                    break
+            except TimeoutError:
+                assert time.monotonic() - began < 10 * HEAD_SECONDS, "it is still listening"
+            except OSError:
+                break
+        assert time.monotonic() - began > HEAD_SECONDS / 2
 
 
 def test_many_pictures_are_asked_for_in_parts_and_none_for_no_step(saved, listening, certificate):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
+import h11
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from personae.core import pick, stream
 from personae.errors import ArtefactError, ConfigError
@@ -53,8 +58,6 @@ def serve(
 
     Raises: ConfigError, for an address that others reach without a certificate, or unusable files.
     """
-    import uvicorn
-
     if certificate is None and host not in LOCAL:
         raise ConfigError(
             f"{host} is reached by others, and without TLS captions and tokens would be read on the way; give "
@@ -72,7 +75,14 @@ def serve(
     public = key.public_key().public_bytes_raw().hex()
     print(f"serving {run.folder} on http{'s' if certificate else ''}://{host}:{port}; Ctrl-C stops it", flush=True)
     print(f"packets are signed by {public}", flush=True)
-    uvicorn.run(
+    uvicorn.Server(listening(app, host, port, certificate, certificate_key, (limits or Limits()).seconds)).run()
+
+
+def listening(
+    app: Any, host: str, port: int, certificate: Path | None, certificate_key: Path | None, seconds: float
+) -> uvicorn.Config:
+    """How the server listens. Whoever takes longer than `seconds` to send the head of a request is cut off."""
+    return uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -80,12 +90,40 @@ def serve(
         ssl_keyfile=certificate_key,
         access_log=False,
         ws="none",
-        http="h11",
+        http=type("PromptHeads", (PromptHeads,), {"seconds": seconds}),
         log_level="warning",
         timeout_keep_alive=10,
         h11_max_incomplete_event_size=16_384,
         limit_concurrency=512,
     )
+
+
+class PromptHeads(H11Protocol):
+    """A connection that is closed when the head of a request is not whole in time, for which uvicorn has no limit."""
+
+    seconds: float
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(self.seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
+        if not begun:
+            self._in_time()
+        elif self._late is None:
+            self._late = self.loop.call_later(self.seconds, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
