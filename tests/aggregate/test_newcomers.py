@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import normalize
 
 from personae.aggregate.low_rank import LowRank, stacked
-from personae.aggregate.newcomers import familiar, redundancy, trust
+from personae.aggregate.newcomers import Mixtures, familiar, trust
 from personae.core import stream
-from personae.errors import ConfigError
+from personae.errors import ConfigError, MismatchedNames
 
 WIDTH = 32
 
@@ -85,7 +85,7 @@ def turned(adapter):
 
 def test_redundancy_is_what_least_squares_on_whole_weights_says():
     adapters, change = [drawn("a"), drawn("b")], drawn("c")
-    scale = [sorted(float((x[layer].dense() ** 2).sum()) for x in [*adapters, change])[1] for layer in ("one", "two")]
+    scale = [min(float((x[layer].dense() ** 2).sum()) for x in adapters) for layer in ("one", "two")]
     dense = [
         torch.cat([x[layer].dense().flatten() / s**0.5 for layer, s in zip(("one", "two"), scale, strict=True)])
         for x in [*adapters, change]
@@ -93,7 +93,7 @@ def test_redundancy_is_what_least_squares_on_whole_weights_says():
     columns = torch.stack(dense[:2], dim=1).double()
     best = torch.linalg.lstsq(columns, dense[2].double()).solution
     rest = (columns @ best - dense[2]).norm() / dense[2].norm()
-    mixture, left = redundancy(adapters, change)
+    mixture, left = Mixtures(adapters).nearest(change)
     assert mixture == pytest.approx(best.tolist(), rel=1e-3)
     assert left == pytest.approx(float(rest), rel=1e-4)
 
@@ -101,11 +101,20 @@ def test_redundancy_is_what_least_squares_on_whole_weights_says():
 def test_a_mixture_of_known_adapters_is_found_whatever_the_factors():
     adapters = [drawn("a"), drawn("b")]
     change = stacked(adapters, [0.7, -0.2])
-    mixture, left = redundancy([turned(adapters[0]), adapters[1]], change)
+    mixture, left = Mixtures([turned(adapters[0]), adapters[1]]).nearest(change)
     assert mixture == pytest.approx([0.7, -0.2], abs=1e-4) and left < 2e-3
     nothing = {layer: LowRank(c.B * 0, c.A) for layer, c in adapters[0].items()}
-    assert redundancy(adapters, nothing) == ([0.0, 0.0], 0.0)
-    assert redundancy([nothing, nothing], change)[1] == 1.0
+    assert Mixtures(adapters).nearest(nothing) == ([0.0, 0.0], 0.0)
+    assert Mixtures([nothing, nothing]).nearest(change)[1] == 1.0
+    with pytest.raises(MismatchedNames, match="differ in 1 layers: two"):
+        Mixtures(adapters).nearest({"one": change["one"]})
+
+
+def test_adapters_of_different_ranks_are_told_apart():
+    adapters = [drawn("a", 1), drawn("b", 3), drawn("c", 2)]
+    mixture, left = Mixtures(adapters).nearest(stacked(adapters, [0.5, 0.0, -1.0]))
+    assert mixture == pytest.approx([0.5, 0.0, -1.0], abs=1e-4) and left < 2e-3
+    assert Mixtures(adapters).nearest(drawn("d"))[1] > 0.8
 
 
 def test_trust_grows_over_probation():

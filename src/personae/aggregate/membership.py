@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from personae.aggregate.low_rank import Adapter
-from personae.aggregate.newcomers import Familiar, familiar, redundancy, trust
+from personae.aggregate.newcomers import Familiar, Mixtures, familiar, trust
 from personae.core import Arrays
 
 OF, NEWCOMER, LIKELIER = "cluster of ", "newcomer: ", "likelier elsewhere: "
@@ -112,11 +112,11 @@ class Grouping:
     ) -> tuple[dict[str, int], dict[str, float]]:
         """Everybody's group, newcomers' being those they are likeliest from, and what is found of newcomers."""
         settled = _settled(before, self._trusted(before, facts))
-        known = _familiar(settled, seen)
+        known, mixtures = _familiar(settled, seen), Mixtures(adapters)
         groups, found = dict(before), dict[str, float]()
         for name in (name for name in arrived if name not in before):
             found[f"{NEWCOMER}likeness of {name}"] = float(known.likeness(seen[name]).max())
-            found[f"{NEWCOMER}redundancy of {name}"] = redundancy(adapters, change(name))[1]
+            found[f"{NEWCOMER}redundancy of {name}"] = mixtures.nearest(change(name))[1]
             opened = {other: group for other, group in groups.items() if group >= len(adapters)}
             so_far = _familiar({**settled, **opened}, seen)  # somebody of this round may have opened it for both
             number = so_far.group(seen[name])

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from personae.aggregate.low_rank import Adapter, gram
+from personae.aggregate.low_rank import Adapter, alike, inner, stacked
 from personae.errors import ConfigError
 
 
@@ -82,23 +82,64 @@ def familiar(
     return Familiar(centres, tuple(len(own) for own in members), concentration, float(found.quantile(quantile)))
 
 
-def redundancy(adapters: Sequence[Adapter], change: Adapter, ridge: float = 1e-6) -> tuple[list[float], float]:
-    """The mixture sum_c a_c D_c of adapters that comes nearest to a change U, and how much of it they have no part in.
+class Mixtures:
+    """All mixtures sum_c a_c D_c of some adapters, and which of them comes nearest to a change.
 
-    With G_cd = <D_c, D_d> and g_c = <D_c, U>: a = (G + lambda I)^-1 g, lambda being `ridge` times the mean of G's
-    diagonal, and the second is rho^2 = 1 - g a / |U|^2, as its root, 0 (nothing new) to 1 (nothing in common). From
-    inner products alone, layers counting alike as in `gram`; the same for any factors of the same changes.
+    Layers count alike: each is divided by the squared median norm of the adapters there, by the largest where most
+    change nothing, and where all do, by the change's own. What the adapters say to each other is found once.
 
+    Letters in shapes: `S` the ranks of all adapters together, `M N` a weight.
     Raises: MismatchedNames, when adapters are of different layers.
     """
-    products = gram([*adapters, change])
-    known, towards, own = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
-    if own <= 0:
-        return [0.0] * len(adapters), 0.0
-    weight = ridge * float(known.diagonal().mean()) or 1.0
-    mixture = torch.linalg.solve(known + weight * torch.eye(len(known), dtype=known.dtype), towards)
-    left = min(1.0, max(0.0, 1 - float(towards @ mixture) / own))
-    return [float(value) for value in mixture], left**0.5
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._layers = stacked(adapters, [1.0] * len(adapters))
+        self._whose = {
+            layer: torch.tensor([c for c, adapter in enumerate(adapters) for _ in range(adapter[layer].rank)])
+            for layer in self._layers
+        }
+        self._count = len(adapters)
+        self._products = torch.zeros(self._count, self._count, dtype=torch.float64)
+        self._scales: dict[str, float] = {}
+        for layer, each in self._layers.items():
+            left, right = each.B.double(), each.A.double()
+            by_rank = (left.T @ left) * (right @ right.T)  # [S, S]
+            products = self._of_each(layer, self._of_each(layer, by_rank).T)
+            squares = products.diagonal().clamp(min=0)
+            self._scales[layer] = squares.median().item() or squares.max().item()
+            if self._scales[layer]:
+                self._products += products / self._scales[layer]
+
+    def nearest(self, change: Adapter, ridge: float = 1e-6) -> tuple[list[float], float]:
+        """The mixture that comes nearest to a change U, and how much of U no mixture has, 0 (nothing new) to 1
+        (nothing in common).
+
+        With G_cd = <D_c, D_d> and g_c = <D_c, U>: a = (G + lambda I)^-1 g, lambda being `ridge` times the mean of G's
+        diagonal, and the second is rho, rho^2 = 1 - g a / |U|^2. From inner products alone, and so the same for any
+        factors of the same changes. They are summed in float64, of products in the adapters' own precision: where all
+        of U is in them, rho is about 1e-3.
+
+        Raises: MismatchedNames, when the change is of other layers.
+        """
+        alike([self._layers, change])
+        towards, own = torch.zeros(self._count, dtype=torch.float64), 0.0
+        for layer, each in self._layers.items():
+            square = inner(change[layer], change[layer])
+            if scale := self._scales[layer] or square:
+                down, up = each.A @ change[layer].A.T, each.B.T @ change[layer].B  # [S, R]
+                towards += self._of_each(layer, (down.double() * up.double()).sum(1, keepdim=True))[:, 0] / scale
+                own += square / scale
+        if own <= 0:
+            return [0.0] * self._count, 0.0
+        weight = ridge * float(self._products.diagonal().mean()) or 1.0
+        mixture = torch.linalg.solve(self._products + weight * torch.eye(self._count, dtype=torch.float64), towards)
+        left = min(1.0, max(0.0, 1 - float(towards @ mixture) / own))
+        return [float(value) for value in mixture], left**0.5
+
+    def _of_each(self, layer: str, by_rank: Float[Tensor, "S X"]) -> Float[Tensor, "C X"]:
+        """Sums over the ranks of each adapter."""
+        empty = torch.zeros(self._count, by_rank.shape[1], dtype=by_rank.dtype)
+        return empty.index_add_(0, self._whose[layer], by_rank)
 
 
 def trust(rounds: int | None, probation: int) -> float:
