@@ -111,7 +111,7 @@ def _told_apart(newcomers: Sequence[Mapping[str, Any]]) -> Chart:
             xlabel="cosine with the likest group",
             title="Newcomers: part of the first update that no group's adapter has",
         )
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     drawing = chart("newcomers", 5.6, 3.4, draw, "newcomers by likeness and redundancy")
     return Chart("newcomers", drawing, "Left: unlike all groups. Up: their first update is unlike all adapters.")
@@ -260,7 +260,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], tried: int) -> Chart:
         axes.axhline(oracle, color=COLOURS["ink"], linewidth=1, label="oracle")
         axes.axhline((1 + NEAR) * oracle, color=COLOURS["real"], linestyle=":", linewidth=1)
         axes.set(xlabel="rounds of its own training", title="Held-out loss of newcomers")
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     drawing = chart("adapted", 5.2, 3.2, draw, "loss of newcomers by round, warm and cold, and their oracles'")
     caption = f"Means over newcomers of known styles. Dotted: {NEAR:.0%} above the oracles' mean."

@@ -136,9 +136,9 @@ class Variants:
             axes.set_xticks(range(len(shown)), shown)
             axes.grid(visible=False, axis="x")
             axes.set(title=FIGURES[figure].capitalize(), xlabel=self.question, xlim=(-0.6, len(shown) - 0.4))
-            axes.legend(loc="best")
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-        drawing = chart(figure, max(4.2, 1.15 * len(names) + 1), 3.3, draw, f"{FIGURES[figure]} by variant")
+        drawing = chart(figure, max(5.6, 1.15 * len(names) + 2.4), 3.3, draw, f"{FIGURES[figure]} by variant")
         return Chart(figure, drawing, "Small dots are clients, large ones means with their 95 % interval over clients.")
 
     def _differences(self, found: Sequence[Row], names: Sequence[str], figure: str) -> Chart:
@@ -159,10 +159,10 @@ class Variants:
             axes.grid(visible=False, axis="x")
             title = f"{FIGURES[figure].capitalize()}: difference to '{names[0]}'"
             axes.set(title=title, xlabel=self.question, xlim=(-0.6, len(shown) - 0.4))
-            axes.legend(loc="best")
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
         name = f"{figure}_difference"
-        drawing = chart(name, max(4.2, 1.15 * len(shown) + 1), 3.3, draw, f"{FIGURES[figure]} against {names[0]}")
+        drawing = chart(name, max(5.6, 1.15 * len(shown) + 2.4), 3.3, draw, f"{FIGURES[figure]} against {names[0]}")
         return Chart(name, drawing, "Means with their 95 % interval; below zero is better than the first variant.")
 
 
