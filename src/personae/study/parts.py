@@ -236,11 +236,10 @@ class Parts:
                 )
                 if "margin" in base:
                     likest = max(rows[1:], key=lambda row: row["margin"])
-                    real = where(found, stage="base", subject=subject.name)[0]["margin_real"]
                     findings.append(
                         f"{subject.name}: likeness to the person, less that to others, goes from {base['margin']:.2f} "
                         f"to {likest['margin']:.2f} with {likest['name']} ({likest['bytes']:,.0f} bytes, drift "
-                        f"{likest['drift']:.2f}); real pictures: {real:.2f}."
+                        f"{likest['drift']:.2f}); real pictures: {base['margin_real']:.2f}."
                     )
                 nearest = min(rows[1:], key=lambda row: row["loss"])
                 findings.append(
@@ -335,7 +334,8 @@ COLUMNS = {
     "found": "recognised",
     "found_real": "real pictures",
     "named": "named",
-    "margin": "margin",
+    "margin": "likeness, less others'",
+    "margin_real": "that of real pictures",
     "drift": "drift",
     "copy": "copy ratio",
     "loss": "held-out loss",
@@ -365,20 +365,17 @@ def _table(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _chart(subject: Subject, rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> Chart:
     lines = sorted(rows, key=lambda row: row["bytes"])
+    key, what = ("found", "recognised") if subject.kind == "style" else ("margin", "likeness, less others'")
 
     def draw(axes: Axes) -> None:
         places = range(len(lines))
-        axes.plot(
-            [row["found"] for row in lines], places, "o", color=COLOURS["after"], markersize=7, label="recognised"
-        )
+        axes.plot([row[key] for row in lines], places, "o", color=COLOURS["after"], markersize=7, label=what)
         axes.plot([row["drift"] for row in lines], places, "s", color=COLOURS["down"], markersize=5, label="drift")
-        axes.axvline(
-            base["found"], color=COLOURS["before"], linewidth=1, linestyle="--", label="recognised, model alone"
-        )
-        axes.axvline(base["found_real"], color=COLOURS["real"], linewidth=1, linestyle=":", label="recognised, real")
+        for each, tone, style, whose in ((key, "before", "--", "model alone"), (f"{key}_real", "real", ":", "real")):
+            axes.axvline(base[each], color=COLOURS[tone], linewidth=1, linestyle=style, label=f"{what}: {whose}")
         axes.set_yticks(places, [f"{row['name']}, {row['bytes']:,.0f} bytes" for row in lines])
         axes.set(title=subject.name, ylim=(-0.6, len(lines) - 0.4))
-        axes.set_xlim(left=-0.03)
+        axes.set_xlim(left=min(-0.03, axes.get_xlim()[0]))
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     height = 1.2 + 0.34 * len(lines)
