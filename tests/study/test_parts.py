@@ -144,7 +144,7 @@ def test_the_rate_is_chosen_by_held_out_loss(done):
 def test_the_answer_names_every_part_beside_the_model_alone(done):
     (style, person) = done.answer.tables
     assert [row[0] for row in style.rows] == ["the model alone", "adapters", "a word", "a token", "a projected vector"]
-    assert "margin" in person.columns and "named" in style.columns
+    assert "likeness, less others'" in person.columns and "named" in style.columns
     report = (done.folder / "report.html").read_text("utf-8")
     assert "recognised in" in report and report.count("<svg") >= 2
 
