@@ -39,7 +39,7 @@ check: $(READY) ## Lint, format and types; changes nothing
 # Two processors or twenty, a test computes the same bits.
 test slow recipes: export OMP_NUM_THREADS = 1
 
-test: $(READY) ## The fast tests: no network, no GPU, about two minutes
+test: $(READY) ## The fast tests: no network, no GPU, a quarter of an hour on one processor
 	$(BIN)/pytest -q
 
 slow: $(READY) ## The slow tests: whole runs, stopped and resumed
