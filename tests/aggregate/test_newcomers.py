@@ -85,7 +85,7 @@ def turned(adapter):
 
 def test_redundancy_is_what_least_squares_on_whole_weights_says():
     adapters, change = [drawn("a"), drawn("b")], drawn("c")
-    scale = [min(float((x[layer].dense() ** 2).sum()) for x in adapters) for layer in ("one", "two")]
+    scale = [sum(float((x[layer].dense() ** 2).sum()) for x in adapters) / 2 for layer in ("one", "two")]
     dense = [
         torch.cat([x[layer].dense().flatten() / s**0.5 for layer, s in zip(("one", "two"), scale, strict=True)])
         for x in [*adapters, change]

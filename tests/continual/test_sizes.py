@@ -114,7 +114,8 @@ def test_stable_diffusion(shapes, capsys):
             print(f"{name:25}{constant / MIB:>15.1f}{each / MIB:>16.3f}")
     assert told["textual_inversion"] == (0, 3 * 2**10)
     expected = {
-        "sequential_lora": 3.0, "ewc": 6.0, "dsc": 3.0, "c_lora": 73.1, "orthogonal": 73.1, "cns": 73.1 + 2 * 2.29,
+        "sequential_lora": 3.0, "dreambooth": 3.0, "ewc": 6.0, "dsc": 3.0, "c_lora": 73.1, "orthogonal": 73.1,
+        "merged_lora": 73.1, "custom_diffusion": 73.1, "cns": 73.1 + 2 * 2.29, "mix_of_show": 1452.8,
     }  # fmt: skip
     assert {name: told[name][0] / MIB for name in expected} == pytest.approx(expected, abs=0.05)
     assert told["dsc"][1] / MIB == pytest.approx(3.0, abs=0.05)

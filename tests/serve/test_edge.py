@@ -180,9 +180,16 @@ def test_a_server_that_is_not_known_is_not_trusted(saved, listening, certificate
         sample_with(saved, "rex", "a <rex>", Server("https://127.0.0.1:1", TOKEN), 0.3)
 
 
-@pytest.mark.parametrize("first", [b"", b"GET /v1/model HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "second"])
-def test_the_head_of_a_request_has_its_time_however_it_comes(listening, certificate, first):
-    """A letter now and then keeps no connection open, be it the first request of a connection or a later one."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"",
+        b"GET /v1/model HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /v1/begin HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n",
+    ],
+    ids=["head", "second head", "body that was answered"],
+)
+def test_a_letter_now_and_then_keeps_no_connection_open(listening, certificate, first):
     port = int(listening[0].rsplit(":", 1)[1])
     context = ssl.create_default_context(cafile=certificate[0])
     with (

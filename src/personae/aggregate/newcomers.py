@@ -85,8 +85,8 @@ def familiar(
 class Mixtures:
     """All mixtures sum_c a_c D_c of some adapters, and which of them comes nearest to a change.
 
-    Layers count alike: each is divided by the squared median norm of the adapters there, by the largest where most
-    change nothing, and where all do, by the change's own. What the adapters say to each other is found once.
+    Layers count alike: each is divided by the mean squared norm of the adapters there, and where none changes anything
+    by the change's own. What the adapters say to each other is found once.
 
     Letters in shapes: `S` the ranks of all adapters together, `M N` a weight.
     Raises: MismatchedNames, when adapters are of different layers.
@@ -105,8 +105,7 @@ class Mixtures:
             left, right = each.B.double(), each.A.double()
             by_rank = (left.T @ left) * (right @ right.T)  # [S, S]
             products = self._of_each(layer, self._of_each(layer, by_rank).T)
-            squares = products.diagonal().clamp(min=0)
-            self._scales[layer] = squares.median().item() or squares.max().item()
+            self._scales[layer] = products.diagonal().clamp(min=0).mean().item()
             if self._scales[layer]:
                 self._products += products / self._scales[layer]
 
@@ -126,7 +125,7 @@ class Mixtures:
         for layer, each in self._layers.items():
             square = inner(change[layer], change[layer])
             if scale := self._scales[layer] or square:
-                down, up = each.A @ change[layer].A.T, each.B.T @ change[layer].B  # [S, R]
+                down, up = each.A @ change[layer].A.to(each.A).T, each.B.T @ change[layer].B.to(each.B)  # [S, R]
                 towards += self._of_each(layer, (down.double() * up.double()).sum(1, keepdim=True))[:, 0] / scale
                 own += square / scale
         if own <= 0:
@@ -139,7 +138,7 @@ class Mixtures:
     def _of_each(self, layer: str, by_rank: Float[Tensor, "S X"]) -> Float[Tensor, "C X"]:
         """Sums over the ranks of each adapter."""
         empty = torch.zeros(self._count, by_rank.shape[1], dtype=by_rank.dtype)
-        return empty.index_add_(0, self._whose[layer], by_rank)
+        return empty.index_add_(0, self._whose[layer], by_rank.cpu())
 
 
 def trust(rounds: int | None, probation: int) -> float:

@@ -100,7 +100,7 @@ def _folder(path: Path) -> Found | None:
     folders = [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
     if not folders:
         return opened(path / LORA_FILE) if (path / LORA_FILE).is_file() else None
-    arrays, configs, base, base_digest = dict[str, Tensor](), dict[str, Mapping[str, Any]](), "", ""
+    arrays, configs, base, digests = dict[str, Tensor](), dict[str, Mapping[str, Any]](), "", set[str]()
     for folder in folders:
         config = read_json(folder / PEFT_CONFIG)
         if not isinstance(config, dict):
@@ -118,5 +118,5 @@ def _folder(path: Path) -> Found | None:
         arrays |= {network + key: value for key, value in found.items()}
         configs[network] = config
         base = base or str(config.get("base_model_name_or_path") or "")
-        base_digest = base_digest or read_metadata(folder / PEFT_FILE).get(BASE_DIGEST, "")
-    return Found("LoRA, peft", arrays, base, configs, base_digest=base_digest)
+        digests |= {read_metadata(folder / PEFT_FILE).get(BASE_DIGEST, "")} - {""}
+    return Found("LoRA, peft", arrays, base, configs, base_digest=" and ".join(sorted(digests)))

@@ -17,7 +17,6 @@ from personae.engine.rounds import load_parts
 from personae.errors import ArtefactError, ConfigError
 from personae.personal.lora import B, Lora, is_lora
 from personae.personal.tokens import is_word
-from personae.recipe.models import Model
 from personae.recipe.workflow import SavedRun
 
 
@@ -35,7 +34,7 @@ def export_parts(run: SavedRun, client: str, to: str | Path, form: Form) -> list
             f"client {client!r} in {run.folder} has no {'words' if words else 'adapters'}, which form {form!r} is for"
         )
     alpha = backbone.lora.alpha if backbone.lora is not None else None
-    return write_parts(Parts(params, alpha, _base_name(run), _base_digest(run.denoiser)), Path(to), form)
+    return write_parts(Parts(params, alpha, _base_name(run), _base_digest(run)), Path(to), form)
 
 
 def import_client(run: SavedRun, name: str, file: str | Path, *, other_base: bool = False) -> Matched:
@@ -50,11 +49,11 @@ def import_client(run: SavedRun, name: str, file: str | Path, *, other_base: boo
     run.refuse_taken([name])
     model, nobody = run.denoiser, Images(torch.empty(0))
     parts, matched = import_parts(Path(file), model.params())
-    if parts.base_digest and not other_base and parts.base_digest != (here := _base_digest(model)):
+    if parts.base_digest and not other_base and (here := _base_digest(run)) not in ("", parts.base_digest):
         raise ArtefactError(
             f"{file} is for another base: it was trained on {parts.base or 'weights'} ({parts.base_digest}), and "
             f"{run.folder} has {_base_name(run)} ({here}); import it into a run on its own base, or, where one was "
-            "made from the other, ask for it with --other-base"
+            "made from the other, or is its copy in float16, ask for it with --other-base"
         )
     client = Client(name, ClientData(nobody, nobody), model, stream(run.recipe.seed, name))
     load_parts(client, run.released.params, _scaled(parts, run.recipe.backbone.lora), run.recipe.seed)
@@ -69,9 +68,12 @@ def _base_name(run: SavedRun) -> str:
     return Path(str(run.recipe.backbone.folder)).name
 
 
-def _base_digest(model: Model) -> str:
-    """Of the frozen networks' weights, as bfloat16 has them: a base that is kept in half is the same base."""
-    base = model.base()
+def _base_digest(run: SavedRun) -> str:
+    """Of the frozen networks' weights, as bfloat16 has them: `backbone.half` is the same base, a folder that was saved
+    in float16 is not. Empty where the base trains, or its changes do: what is in the folder is then not what it was."""
+    if not run.recipe.backbone.frozen or run.recipe.backbone.delta is not None:
+        return ""
+    base = run.denoiser.base()
     told = "".join(digest({name: base[name].bfloat16()}) for name in sorted(base) if name.startswith(NETWORKS))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

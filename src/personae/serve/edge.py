@@ -99,22 +99,24 @@ def listening(
 
 
 class PromptHeads(H11Protocol):
-    """A connection that is closed when the head of a request is not whole in time, for which uvicorn has no limit."""
+    """A connection that is cut off when the head of a request is not whole in time, or the rest of a body that was
+    answered already, for which uvicorn has no limits. Bodies that somebody reads have theirs in `serve/app.py`."""
 
     seconds: float
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._late = self.loop.call_later(self.seconds, transport.close)
+        self._late = self.loop.call_later(self.seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
-        if not begun:
+        answered = self.conn.their_state is h11.SEND_BODY and self.conn.our_state in (h11.DONE, h11.MUST_CLOSE)
+        if not (begun or answered):
             self._in_time()
         elif self._late is None:
-            self._late = self.loop.call_later(self.seconds, self.transport.close)
+            self._late = self.loop.call_later(self.seconds, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
