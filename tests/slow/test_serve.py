@@ -133,7 +133,7 @@ def test_a_hundred_at_once_again_and_again_and_the_server_does_not_grow(folder, 
 
 def test_it_says_nothing_of_what_it_was_asked_and_ends_when_it_is_told_to(folder, server, certificate):
     url, process = server
-    Server(url, TOKENS["anna"], certificate[0]).begin(["a dog left of a tree"], SplitPlan("ddim", 6, 2, 3.0), 0)
+    Server(url, TOKENS["anna"], certificate[0]).begin(["a dog left of a tree"], SplitPlan("dpmsolver++", 6, 2, 3.0), 0)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     said = (folder / "said").read_text("utf-8")
