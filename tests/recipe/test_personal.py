@@ -1,5 +1,6 @@
 """One person's pictures and a text-to-image pipeline: what the parts learn, stop and resume, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from personae.artefact.save import load_state
+from personae.artefact.save import load_state, read_metadata
 from personae.backbone.pipeline import open_pipeline
 from personae.core import Batch, Round
 from personae.errors import ArtefactError, ConfigError, DataError, ShapeError
@@ -17,7 +18,7 @@ from personae.recipe import personal
 from personae.recipe.config import load_recipe, parse, to_table
 from personae.recipe.exchange import export_parts, import_client
 from personae.recipe.personal import ROUNDS
-from personae.recipe.workflow import open_run, resume, run
+from personae.recipe.workflow import SavedRun, open_run, resume, run
 from personae.testing.tiny_pipeline import tiny_pipeline
 
 LITTLE = (
@@ -442,6 +443,14 @@ def test_a_base_in_half_precision_is_the_same_base(rex, model, pictures, copy_of
     assert torch.bfloat16 in {value.dtype for value in halved.denoiser.base().values()}
     import_client(halved, "again", export_parts(open_run(copy_of(rex)), "rex", tmp_path / "out", "kohya")[0])
     assert halved.clients == ["again", "own"]
+
+
+def test_where_the_base_trains_too_no_file_says_what_it_was(rex, tmp_path):
+    backbone = dataclasses.replace(rex.recipe.backbone, frozen=False)
+    moving = SavedRun(rex.folder, dataclasses.replace(rex.recipe, backbone=backbone))
+    for saved, told in ((open_run(rex.folder), True), (moving, False)):
+        (file,) = export_parts(saved, "rex", tmp_path / str(told), "kohya")
+        assert ("personae_base" in read_metadata(file)) is told
 
 
 def test_an_adapter_of_another_width_is_refused_and_nobody_is_added(rex, copy_of, tmp_path):
