@@ -16,6 +16,16 @@ TASKS = (
     Task("ada", "<ada>", "cat"),
 )
 TRAINING = Training(steps=3, lr=0.02, batch_size=2, optimizer="adamw", weight_decay=0.1)
+OPTIONS = {
+    "textual_inversion": {},
+    "cns": {"budget": 0.01, "draws": 4, "general_draws": 1, "drawing_steps": 2},
+    "custom_diffusion": {},
+    "mix_of_show": {"rank": 2, "sampling_steps": 2},
+    "ewc": {"rank": 2, "draws": 2},
+    "dsc": {"rank": 2, "consolidation": Training(2, 0.01, 2)},
+}
+"""Of methods by name, small enough for these; of all others rank 2."""
+
 PROMPTS = ("a tree", "a cat", "a dog", "a drawing of a tree")
 
 

@@ -1,6 +1,8 @@
 """Every method, and some that break a rule each."""
 
+import runpy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -14,14 +16,7 @@ from personae.testing.check_continual import SEED, TASKS, TRAINING, client_for
 from personae.testing.contract import differing_states
 
 SMALL = (2, "cross_kv")
-OPTIONS = {
-    "textual_inversion": {},
-    "cns": {"budget": 0.01, "draws": 4, "general_draws": 1, "drawing_steps": 2},
-    "custom_diffusion": {},
-    "mix_of_show": {"rank": 2, "sampling_steps": 2},
-    "ewc": {"rank": 2, "draws": 2},
-    "dsc": {"rank": 2, "consolidation": Training(2, 0.01, 2)},
-}
+OPTIONS = runpy.run_path(str(Path(__file__).with_name("small.py")))["OPTIONS"]
 METHODS = {name: kind(**OPTIONS.get(name, {"rank": 2})) for name, kind in CONTINUAL.items()}
 METHODS |= {
     "plain ewc": Ewc(*SMALL, dc_weight=0, draws=2),

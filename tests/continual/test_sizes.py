@@ -1,14 +1,16 @@
 """What every method keeps, from the shapes of layers: as measured on a small model, and of Stable Diffusion 1.5."""
 
 import re
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from personae.continual import CONTINUAL, learn
-from personae.core import State, Training
+from personae.core import State
 from personae.personal.delta import target_layers
 from personae.testing.check_continual import SEED, TASKS, TRAINING, client_for
 from personae.testing.tiny_pipeline import tiny_networks
@@ -18,14 +20,7 @@ RANK = {"small": 2, "stable diffusion 1.5": 16}
 WIDTH = {"small": 16, "stable diffusion 1.5": 768}
 """Of text features, and so of a word's vector."""
 
-OPTIONS = {
-    "textual_inversion": {},
-    "cns": {"budget": 0.01, "draws": 4, "general_draws": 1, "drawing_steps": 2},
-    "custom_diffusion": {},
-    "mix_of_show": {"rank": 2, "sampling_steps": 2},
-    "ewc": {"rank": 2, "draws": 2},
-    "dsc": {"rank": 2, "consolidation": Training(1, 0.01, 2)},
-}
+OPTIONS = runpy.run_path(str(Path(__file__).with_name("small.py")))["OPTIONS"]
 
 
 def test_every_method_is_here():

@@ -70,7 +70,10 @@ def _base_name(run: SavedRun) -> str:
 
 def _base_digest(run: SavedRun) -> str:
     """Of the frozen networks' weights, as bfloat16 has them: `backbone.half` is the same base, a folder that was saved
-    in float16 is not. Empty where the base trains, or its changes do: what is in the folder is then not what it was."""
+    in float16 is not. Empty where the base trains, or its changes do: what is in the folder is then not what it was.
+
+    One weight after the other, so that a large base is not in memory twice.
+    """
     if not run.recipe.backbone.frozen or run.recipe.backbone.delta is not None:
         return ""
     base = run.denoiser.base()
