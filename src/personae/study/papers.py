@@ -228,7 +228,7 @@ def has_to_be_trained_with(numbers: Numbers) -> Judged:
 
 
 def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numbers], Judged]:
-    """By the average gain after the last concept, the best of ours against each of the rivals."""
+    """By the average gain after the last concept, the best of ours against each of the rivals; of one run, partly."""
 
     def judge(numbers: Numbers) -> Judged:
         figures = numbers.get("figures", {})
@@ -241,7 +241,7 @@ def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numb
         told = ", ".join(f"{name} {gains[name]:.3f}" for name in (best, *rivals))
         return Judged(
             f"average gain in the end: {told}",
-            "agrees" if len(below) == len(rivals) else "partly" if below else "disagrees",
+            "agrees" if len(below) == len(rivals) and runs > 1 else "partly" if below else "disagrees",
             f"above {len(below)} of {len(rivals)}; runs of each: {runs}"
             + "; one run says nothing of chance" * (runs == 1),
         )
