@@ -39,11 +39,12 @@ check: $(READY) ## Lint, format and types; changes nothing
 # Two processors or twenty, a test computes the same bits.
 test slow recipes: export OMP_NUM_THREADS = 1
 
-test: $(READY) ## The fast tests: no network, no GPU, a quarter of an hour on one processor
-	$(BIN)/pytest -q
+# A worker of tests for every processor.
+test: $(READY) ## The fast tests: no network, no GPU, a quarter of an hour of one processor
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 slow: $(READY) ## The slow tests: whole runs, stopped and resumed
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n auto --dist worksteal -m slow
 
 quickstart: $(READY) ## A first result in minutes, in runs/quickstart or the next free runs/quickstart-N (or OUT=folder)
 	@out="$(OUT)"; n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out="$(OUT)-$$n"; done; \
