@@ -172,6 +172,21 @@ def test_other_versions_are_warned_of_where_there_is_something_left_to_measure(r
     assert "resumed_with" in json.loads((folder / "environment.json").read_text("utf-8"))
 
 
+def test_cells_that_a_study_no_longer_asks_for_are_kept_and_not_counted(recipe, tmp_path):
+    folder = run_study(recipe, tmp_path / "out").folder
+    config = folder / "config.toml"
+    written = config.read_text("utf-8")
+    assert "    6,\n    20,\n" in written
+    config.write_text(written.replace("    6,\n    20,\n", "    20,\n    4,\n"), "utf-8")
+
+    told = []
+    saved = resume_study(folder, watch=told.append)
+
+    assert {row["sides"] for row in saved.rows} == {20, 4} and saved.summary["measured"] == saved.summary["cells"] == 7
+    assert [(now.clients_done, now.clients) for now in told[:3]] == [(4, 6), (5, 6), (6, 6)]
+    assert len((folder / "cells.jsonl").read_text("utf-8").splitlines()) in (10, 11), "those of six sides stay"
+
+
 def test_a_report_of_an_unfinished_study(recipe, tmp_path):
     folder = run_study(recipe, tmp_path / "out").folder
     (folder / "cells.jsonl").write_text("", "utf-8")

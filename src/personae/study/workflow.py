@@ -99,14 +99,14 @@ class SavedStudy:
             lines = self._lines()
             write_bytes(self.folder / "cells.jsonl", "".join(json_text(line) + "\n" for line in lines).encode())
             done = {_key(line["cell"]): line for line in lines}
-            if not all(_key(cell) in done for cell in self._cells(done)):
+            if self._missing(done):
                 keep_environment(self.folder, self.recipe.machine.threads, "cpu")
-            while missing := [cell for cell in self._cells(done) if _key(cell) not in done]:
+            while missing := self._missing(done):
                 total = len(self._cells(done))
-                for cell, line in self._measured(missing):
+                for number, (cell, line) in enumerate(self._measured(missing), total - len(missing) + 1):
                     self._append(line)
                     done[_key(cell)] = line
-                    watch(_told(cell, len(done), total))
+                    watch(_told(cell, number, total))
             self.report()
         finally:
             lock.release()
@@ -116,19 +116,20 @@ class SavedStudy:
         """Write summary.json, charts/ and report.html from cells.jsonl; also while a study is not finished."""
         lines = {_key(line["cell"]): line for line in self._lines()}
         cells, answer = self._cells(lines), self.answer
-        seconds = sum(line["seconds"] for line in lines.values())
+        own = [lines[_key(cell)] for cell in cells if _key(cell) in lines]
+        seconds = sum(line["seconds"] for line in own)
         summary = {
             "study": self.recipe.study,
             "name": self.recipe.name,
             "seed": self.recipe.seed,
             "cells": len(cells),
-            "measured": len(lines),
+            "measured": len(own),
             "cpu_seconds": seconds,
             "findings": list(answer.findings),
             "numbers": dict(answer.numbers),
         }
         write_json(self.folder / "summary.json", summary)
-        return write_study_report(self.folder, self.recipe, answer, len(lines), len(cells), seconds)
+        return write_study_report(self.folder, self.recipe, answer, len(own), len(cells), seconds)
 
     @property
     def rows(self) -> list[Row]:
@@ -147,6 +148,9 @@ class SavedStudy:
 
     def _cells(self, done: Mapping[str, Any]) -> Sequence[Cell]:
         return self.study.cells(_rows(done, self.study))
+
+    def _missing(self, done: Mapping[str, Any]) -> list[Cell]:
+        return [cell for cell in self._cells(done) if _key(cell) not in done]
 
     def _lines(self) -> list[dict[str, Any]]:
         """A line that was cut short by a kill is left out: its cell is measured again."""
