@@ -517,10 +517,11 @@ class Round:
     """What a watcher sees when a client has finished, and (with `done`) when its round or stage has.
 
     Bytes and seconds are of this round so far; `refused` clients failed or sent what could not be taken. In stage
-    "measure", of a study, `client` names a cell and the counts are of cells.
+    "measure", of a study, `client` names a cell and the counts are of cells; in "learn", of a taught model, it names
+    a concept, rounds are concepts and the counts are of stretches.
     """
 
-    stage: Literal["train", "personalize", "evaluate", "measure"]
+    stage: Literal["train", "personalize", "evaluate", "measure", "learn"]
     round: int
     rounds: int
     client: str

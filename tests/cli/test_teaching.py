@@ -38,7 +38,7 @@ def test_two_concepts_and_one_of_them_forgotten(command, pipeline, pictures, tmp
     code, out, error = command("learn", run, "--concept", "rex", "--data", pictures / "rex", "--noun", "dog", *new)
     assert code == 0, error
     assert "rex: 3 pictures" in out and f'next: personae sample {run} --prompt "a <rex>"' in out
-    assert "(rex)" not in error and "round 1/1" in error
+    assert "learning      concept 1/1 (rex)  stretch 1/1  loss" in error and "client" not in error
 
     code, out, error = command("learn", run, "--concept", "tom", "--data", pictures / "tom", "--noun", "cat", "--json")
     assert code == 0, error

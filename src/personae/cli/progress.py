@@ -1,4 +1,4 @@
-"""Live progress: round, clients, loss, bytes and time left, on one line of a terminal or as plain lines in a log."""
+"""Live progress: how far it is, loss, bytes and time left, on one line of a terminal or as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from types import TracebackType
 from personae.core import Round
 
 LOG_EVERY_SECONDS = 10.0
-STAGES = {"train": "training", "personalize": "personalizing", "evaluate": "measuring", "measure": "measuring"}
+STAGES = {
+    "train": "training",
+    "personalize": "personalizing",
+    "evaluate": "measuring",
+    "measure": "measuring",
+    "learn": "learning",
+}
+IN_ROUNDS = ("train", "learn")
 
 
 class Progress:
@@ -60,13 +67,18 @@ class Progress:
         )
 
     def _position(self, now: Round) -> tuple[float, float]:
-        """How far, out of how much: rounds while training, clients afterwards."""
-        if now.stage != "train":
+        """How far, out of how much: rounds while training, concepts while learning, clients afterwards."""
+        if now.stage not in IN_ROUNDS:
             return now.clients_done, now.clients
         return now.round - 1 + now.clients_done / now.clients, now.rounds
 
     def _line(self, now: Round, left: float | None) -> str:
         time_left = f"  {_clock(left)} left" if left is not None else ""
+        if now.stage == "learn":
+            return (
+                f"{STAGES[now.stage]:13} concept {now.round}/{now.rounds} ({now.client})  "
+                f"stretch {now.clients_done}/{now.clients}  loss {now.loss:.4f}{time_left}"
+            )
         if now.stage != "train":
             noun = "cell" if now.stage == "measure" else "client"
             return f"{STAGES[now.stage]:13} {noun} {now.clients_done}/{now.clients} ({now.client}){time_left}"

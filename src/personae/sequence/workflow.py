@@ -311,7 +311,7 @@ class SavedSequence:
             )
             loss, seconds = float(state.facts.get("loss", float("nan"))), time.perf_counter() - started
             ends = count == lesson.stretches
-            watch(Round("train", number, total, concept.name, count, lesson.stretches, loss, 0, 0, seconds, ends))
+            watch(Round("learn", number, total, concept.name, count, lesson.stretches, loss, 0, 0, seconds, ends))
 
         return learn(
             self.method,
