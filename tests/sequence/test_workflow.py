@@ -12,7 +12,7 @@ from personae.errors import ArtefactError, ConfigError, DataError
 from personae.infer.regions import Region
 from personae.recipe.schema import Data
 from personae.sequence import workflow
-from personae.sequence.config import Concept, own_recipe, parse_sequence, sequence_toml
+from personae.sequence.config import RATES, Concept, own_recipe, parse_sequence, sequence_toml
 from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
 from personae.testing.contract import differing_states
 
@@ -271,6 +271,13 @@ def test_recipes_are_read_whole(pipeline, small):
         own_recipe(str(pipeline), "ewcc", "run")
     with pytest.raises(ConfigError, match=r"continual\.wait: unknown key"):
         own_recipe(str(pipeline), "ewc", "run", ["continual.wait=3"])
+
+
+@pytest.mark.parametrize("method", CONTINUAL)
+def test_every_method_begins_at_a_rate_of_its_own(pipeline, method):
+    recipe, made = own_recipe(str(pipeline), method, "run")
+    assert recipe.lesson.training.lr == RATES[method] and isinstance(made, CONTINUAL[method])
+    assert own_recipe(str(pipeline), method, "run", ["lesson.training.lr=0.25"])[0].lesson.training.lr == 0.25
 
 
 def test_a_folder_that_is_no_such_run(tmp_path):

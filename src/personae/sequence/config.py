@@ -150,16 +150,38 @@ def own_recipe(model: str, method: str, name: str, overrides: Sequence[str] = ()
 
     `overrides` are "key=value", such as "continual.weight=100". Raises: ConfigError.
     """
+    rate = RATES.get(method, 1e-3)
     table: dict[str, Any] = {
         "name": name,
         "model": model,
-        "lesson": {"training": {"steps": 40, "lr": 1e-3, "batch_size": 4, "optimizer": "adamw"}},
-        METHOD: {"name": method, **({"consolidation": dict(CONSOLIDATION)} if method == "dsc" else {})},
+        "lesson": {"training": {"steps": 40, "lr": rate, "batch_size": 4, "optimizer": "adamw"}},
+        METHOD: {"name": method, **dict(SETTINGS.get(method, {}))},
     }
     for override in overrides:
         change(table, override)
     return parse_sequence(table, f"what {model} is to learn with")
 
 
-CONSOLIDATION = {"steps": 100, "lr": 1e-4, "batch_size": 4, "optimizer": "adamw"}
+RATES = {
+    "c_lora": 5e-4,
+    "cns": 0.1,
+    "custom_diffusion": 2e-3,
+    "dreambooth": 5e-4,
+    "dsc": 2e-4,
+    "ewc": 5e-4,
+    "merged_lora": 2e-4,
+    "mix_of_show": 5e-4,
+    "orthogonal": 5e-4,
+    "sequential_lora": 2e-4,
+    "textual_inversion": 2e-2,
+}
+"""Learning rates where nobody says otherwise: the best of those tried on the tiny model (recipe continual/compare)."""
+
+CONSOLIDATION = {"steps": 100, "lr": 2e-4, "batch_size": 4, "optimizer": "adamw"}
 """Of DSC, where nobody says otherwise."""
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "cns": {"overlap_weight": 100.0, "distance_weight": 10.0},
+    "dsc": {"consolidation": CONSOLIDATION},
+}
+"""What goes with these rates, or has to be said."""
