@@ -368,7 +368,7 @@ def _lines(
         for count, style in zip(images, styles, strict=False):
             line(axes, rival, count, tone, style)
         axes.plot([], [], color=COLOURS[tone], label=rival)
-    axes.legend(loc="best")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------

@@ -264,8 +264,11 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         SPIRE, "a new client trains hundreds of numbers, at most 0.01 % of the weights", "ablations/width", few_numbers
     ),
-    Claim(SPIRE, "new clients beat every rival (digits, held-out loss)", "unseen/one_class", beats_rivals("loss")),
-    Claim(SPIRE, "new clients beat every rival (digits, kernel distance)", "unseen/one_class", beats_rivals("kid")),
+    *(
+        Claim(SPIRE, f"new clients beat every rival (digits, {dealt}, {what})", recipe, beats_rivals(figure))
+        for recipe, dealt in (("unseen/one_class", "one class each"), ("unseen/dirichlet", "mixes of their own"))
+        for figure, what in (("loss", "held-out loss"), ("kid", "kernel distance"))
+    ),
     Claim(SPIRE, "adapting forgets nothing of others", "unseen/one_class", forgets_nothing),
     Claim(SPIRE, "the backbone has to be trained with embeddings", "ablations/prepared", has_to_be_trained_with),
     Claim(
