@@ -140,7 +140,8 @@ def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
     for run in (words, adapter):
         run.learn(concept("rex"))
         run.learn(concept("tom"))
-    assert "Nothing of it remains" in words.forget("rex")
+    assert "Nothing of it remains in the model" in words.forget("rex")
+    assert not list(words.folder.glob("samples/**/rex.png")) and list(words.folder.glob("samples/*/tom.png"))
     assert set(words.kept.params) == {"tokens.<tom>"}
     assert "cannot be taken out" in adapter.forget("rex")
     left = adapter.kept

@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import json
+import shutil
 import socket
 import ssl
 import threading
@@ -19,7 +20,7 @@ from personae.infer.sample import to_bytes
 from personae.infer.split import SplitPlan, begin, finish
 from personae.personal.tokens import Words, is_word
 from personae.recipe.personal import personal_recipe
-from personae.recipe.workflow import run
+from personae.recipe.workflow import open_run, run
 from personae.serve.app import application
 from personae.serve.client import Server, neutral, sample_with
 from personae.serve.edge import listening as listening_as
@@ -78,6 +79,13 @@ def listening(saved, certificate, tmp_path_factory):
     yield f"https://127.0.0.1:{port}", came
     server.should_exit = True
     thread.join(10)
+
+
+def test_the_server_needs_three_files_of_a_run(saved, tmp_path):
+    for name in ("config.toml", "images.json", "server.safetensors"):
+        shutil.copy(saved.folder / name, tmp_path)
+    served, whole = shared_model(open_run(tmp_path)).params(), shared_model(saved).params()
+    assert served.keys() == whole.keys() and all(torch.equal(served[name], whole[name]) for name in whole)
 
 
 def test_a_picture_begins_there_and_ends_here(saved, listening, certificate):

@@ -209,7 +209,7 @@ class SavedSequence:
         return event
 
     def forget(self, name: str) -> str:
-        """Remove a concept. Returns what could not be removed, in a sentence.
+        """Remove a concept, and what was drawn of it. Returns what could not be removed, in a sentence.
 
         Raises: ConfigError, for an unknown concept.
         """
@@ -225,6 +225,8 @@ class SavedSequence:
             removed = len(kept.params) - len(params) + len(kept.extras) - len(extras)
             remains = self._remains(params)
             after = State(params, extras, kept.facts)
+            for drawn in (self.folder / "samples").glob(f"*/{name}.png"):
+                drawn.unlink()
             event = {"event": "forget", "concept": name, "removed": removed, "remains": remains}
             self._append(event | {"bytes": after.num_bytes()}, after)
         finally:
@@ -389,11 +391,14 @@ class SavedSequence:
 
     def _remains(self, params: Mapping[str, Tensor]) -> str:
         if all(map(is_word, params)):
-            return "Nothing of it remains: no other part had learned it."
+            return f"Nothing of it remains in the model: no other part had learned it. {LOGGED}"
         return (
             "Its word is gone. What it changed in weights that all concepts share cannot be taken out again: teach the "
-            "other concepts anew in another run, if it must be."
+            f"other concepts anew in another run, if it must be. {LOGGED}"
         )
+
+
+LOGGED = "That it was taught, from which folder, and its figures stay in events.jsonl and the report."
 
 
 def _words_in(prompt: str) -> list[str]:
