@@ -40,7 +40,10 @@ def test_two_concepts_and_one_of_them_forgotten(command, pipeline, pictures, tmp
     assert "rex: 3 pictures" in out and f'next: personae sample {run} --prompt "a <rex>"' in out
     assert "learning      concept 1/1 (rex)  stretch 1/1  loss" in error and "client" not in error
 
-    code, out, error = command("learn", run, "--concept", "tom", "--data", pictures / "tom", "--noun", "cat", "--json")
+    again = ("learn", run, "--concept", "tom", "--data", pictures / "tom", "--noun", "cat")
+    code, _, error = command(*again, *new, "--set", "lesson.training.lr=0.5")
+    assert code == 2 and "not those of this command" in error, "the same command goes on, another one does not"
+    code, out, error = command(*again, *new, "--json")
     assert code == 0, error
     assert set(json.loads(out)["scores"]) == {"rex", "tom"}
 

@@ -1,5 +1,6 @@
 """A model that is taught, put away, taken up, and taught more."""
 
+import dataclasses
 import json
 import shutil
 
@@ -154,6 +155,32 @@ def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
     with pytest.raises(ConfigError, match="no concept is called 'rex' here; there are tom, pip"):
         adapter.forget("rex")
     assert "rex was removed" in (adapter.folder / "report.html").read_text()
+
+
+def test_forgetting_one_leaves_another_whose_name_ends_alike(begin, concept):
+    run = begin("dsc")
+    run.learn(dataclasses.replace(concept("rex"), name="old.rex"))
+    run.learn(concept("rex"))
+    before = set(run.kept.extras)
+    run.forget("rex")
+    assert {name for name in before if name.startswith("pool.old.rex/")} == set(run.kept.extras) != set()
+
+
+def test_a_folder_is_begun_by_one(begin, pipeline, tmp_path, monkeypatch):
+    def slowly(saved, concepts):
+        monkeypatch.undo()
+        begin("textual_inversion")
+
+    monkeypatch.setattr(SavedSequence, "check", slowly)
+    with pytest.raises(ArtefactError, match="exists; nothing was overwritten"):
+        begin("sequential_lora")
+    assert "textual_inversion" in next(tmp_path.rglob("config.toml")).read_text("utf-8")
+
+
+@pytest.mark.parametrize("value", ["loss_grid", "loss_draws", "draws", "num_images", "num_general"])
+def test_scoring_nothing_is_refused_before_a_lesson(pipeline, value):
+    with pytest.raises(ConfigError, match=f"scoring: {value} is 0, expected at least 1"):
+        own_recipe(str(pipeline), "ewc", "run", [f"scoring.{value}=0"])
 
 
 def test_drawing(begin, concept):

@@ -34,9 +34,13 @@ def learn(
 
     taught = Concept(concept, noun, Data("folder", path=str(data)))
     if is_sequence(run):
-        if model or method or overrides:
-            raise ConfigError(f"{run} has its model and method; leave out --model, --method and --set")
         saved = open_sequence(run)
+        asked = own_recipe(model, method, run.name, overrides or ()) if model and method else None
+        if (model or method or overrides) and not (asked and saved.began_as(*asked)):
+            raise ConfigError(
+                f"{run} has its model and method, and they are not those of this command (see its config.toml); "
+                "leave out --model, --method and --set, or name another folder"
+            )
     elif model is None or method is None:
         raise ConfigError(f"{run} is new; say --model, such as tiny-t2i, and --method, such as ewc")
     else:

@@ -73,6 +73,11 @@ class Scoring:
     num_images: int = 4
     num_general: int = 24
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"scoring: {name} is {value}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class SequenceRecipe:

@@ -94,7 +94,12 @@ def begin_sequence(
     saved.check([*plan.concepts, *first])
     with explained(saved.folder, "creating"):
         saved.folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(saved.folder / "config.toml", sequence_toml(plan, method).encode())
+    opened.hold()
+    try:
+        opened.refuse_existing()  # somebody else may have begun one in the meantime
+        write_bytes(saved.folder / "config.toml", sequence_toml(plan, method).encode())
+    finally:
+        opened.release()
     return saved
 
 
@@ -154,6 +159,10 @@ class SavedSequence:
     @property
     def summary(self) -> dict[str, Any]:
         return dict(read_json(self.folder / "summary.json"))
+
+    def began_as(self, plan: SequenceRecipe, method: Continual) -> bool:
+        """Whether the folder was made from these."""
+        return (_absolute(plan), method) == (self.recipe, self.method)
 
     # --- what a user does -------------------------------------------------------------------------------------------
 
@@ -221,7 +230,7 @@ class SavedSequence:
             task = next(task for task in self.tasks if task.name == name)
             kept, own = self.kept, words_of(task)
             params = {key: value for key, value in kept.params.items() if key not in own}
-            extras = {key: value for key, value in kept.extras.items() if f".{name}/" not in key}
+            extras = {key: value for key, value in kept.extras.items() if _whose(key) != name}
             removed = len(kept.params) - len(params) + len(kept.extras) - len(extras)
             remains = self._remains(params)
             after = State(params, extras, kept.facts)
@@ -308,6 +317,7 @@ class SavedSequence:
                 state,
                 kind="lesson",
                 concept=concept.name,
+                noun=concept.noun,
                 images=seen,
                 done=str(count),
             )
@@ -328,14 +338,15 @@ class SavedSequence:
         )
 
     def _reached(self, path: Path, concept: Concept, data: ClientData) -> tuple[int, State | None]:
-        """How far a lesson on these pictures was. Another concept's is dropped: nothing of it was kept."""
+        """How far a lesson on these pictures was. One of another concept or noun is dropped: nothing of it was kept."""
         if not path.is_file():
             return 0, None
         try:
             about, state = read_metadata(path), load_state(path)
         except PersonaeError:
             return 0, None
-        if (about.get("concept"), about.get("images")) != (concept.name, digest(pictures_and_captions(data))):
+        own = {"concept": concept.name, "noun": concept.noun, "images": digest(pictures_and_captions(data))}
+        if any(about.get(key) != value for key, value in own.items()):
             return 0, None
         return int(about["done"]), state
 
@@ -399,6 +410,12 @@ class SavedSequence:
 
 
 LOGGED = "That it was taught, from which folder, and its figures stay in events.jsonl and the report."
+
+
+def _whose(key: str) -> str | None:
+    """Of "pool.rex/...", as methods name what they keep of one concept, "rex". Names of concepts may have dots."""
+    front, own, _ = key.partition("/")
+    return front.partition(".")[2] if own else None
 
 
 def _words_in(prompt: str) -> list[str]:
