@@ -68,14 +68,16 @@ def test_a_concept_after_another_and_all_in_one_run_end_in_the_same_bits(begin, 
     assert sorted(path.name for path in whole.folder.glob("*.safetensors")) == ["kept-003.safetensors"]
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop(round):
+    raise Stopped
+
+
 @pytest.mark.parametrize("method", ["ewc", "dreambooth"])
 def test_a_lesson_that_was_stopped_goes_on(begin, concept, method):
-    class Stopped(Exception):
-        pass
-
-    def stop(round):
-        raise Stopped
-
     whole, stopped = begin(method, "lesson.stretches=3", folder="whole"), begin(method, "lesson.stretches=3")
     for run in (whole, stopped):
         run.learn(concept("rex"))
@@ -88,6 +90,15 @@ def test_a_lesson_that_was_stopped_goes_on(begin, concept, method):
     whole.learn(concept("tom"))
     assert differing_states(whole.kept, stopped.kept) == []
     assert not (stopped.folder / "lesson.safetensors").exists()
+
+
+def test_a_lesson_on_another_noun_begins_anew(begin, concept):
+    run = begin("sequential_lora", "lesson.stretches=2")
+    with pytest.raises(Stopped):
+        run.learn(concept("rex"), watch=stop)
+    seen = []
+    run.learn(dataclasses.replace(concept("rex"), noun="cat"), watch=seen.append)
+    assert [round.clients_done for round in seen] == [1, 2] and run.tasks[0].noun == "cat"
 
 
 def test_what_was_measured(begin, concept):
