@@ -168,6 +168,19 @@ def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
     assert "rex was removed" in (adapter.folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("taught", [1, 2])
+def test_nothing_is_overwritten_where_the_events_were_lost(begin, concept, taught):
+    run = begin()
+    for name in list(NOUNS)[:taught]:
+        run.learn(concept(name))
+    (run.folder / "events.jsonl").unlink()
+    kept = run.folder / f"kept-00{taught}.safetensors"
+    before = kept.read_bytes()
+    with pytest.raises(ArtefactError, match=f"holds {kept.name}, and events.jsonl there tells of 0 events"):
+        run.learn(concept("pip"))
+    assert kept.read_bytes() == before
+
+
 def test_forgetting_one_leaves_another_whose_name_ends_alike(begin, concept):
     run = begin("dsc")
     run.learn(dataclasses.replace(concept("rex"), name="old.rex"))

@@ -186,6 +186,7 @@ class SavedSequence:
         lock = RunFolder(self.folder)
         lock.hold()
         try:
+            self._refuse_lost_events()
             torch.set_num_threads(self.recipe.machine.threads)
             machine = self.recipe.machine
             task = self.recipe.task(concept)
@@ -336,6 +337,17 @@ class SavedSequence:
             reached=reached,
             after=after,
         )
+
+    def _refuse_lost_events(self) -> None:
+        """A kill may leave what comes next already kept, beside its lesson; more than that was told of once."""
+        number, lesson = len(self.events), self.folder / "lesson.safetensors"
+        begun = number + (1 if number or lesson.is_file() else 0)
+        kept = sorted(path.name for path in self.folder.glob("kept-*.safetensors"))
+        if kept and kept[-1] > self._kept(begun).name:
+            raise ArtefactError(
+                f"{self.folder} holds {kept[-1]}, and events.jsonl there tells of {number} events; earlier "
+                "concepts would be lost. Put events.jsonl back as it was, or begin another run"
+            )
 
     def _reached(self, path: Path, concept: Concept, data: ClientData) -> tuple[int, State | None]:
         """How far a lesson on these pictures was. One of another concept or noun is dropped: nothing of it was kept."""
