@@ -518,7 +518,7 @@ class Round:
 
     Bytes and seconds are of this round so far; `refused` clients failed or sent what could not be taken. In stage
     "measure", of a study, `client` names a cell and the counts are of cells; in "learn", of a taught model, it names
-    a concept, rounds are concepts and the counts are of stretches.
+    a concept, rounds are concepts and the counts are of stretches, and of one more: what is kept, measured and drawn.
     """
 
     stage: Literal["train", "personalize", "evaluate", "measure", "learn"]

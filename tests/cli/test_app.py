@@ -190,7 +190,7 @@ def test_a_pipeline_is_personalized_and_drawn_from(command, photos, tmp_path):
     [
         (("personalize", "MODEL", "--data", "."), "is a pipeline; say --method lora, tokens, lora+tokens or embedding"),
         (("personalize", ".", "--data", ".", "--noun", "dog"), "are for a pipeline's folder"),
-        (("sample", "MODEL", "--prompt", "a dog"), "is a pipeline; say --prompt, what to draw, and --out"),
+        (("sample", "MODEL", "--prompt", "a dog"), "is a pipeline; say --out, where to"),
         (("sample", "MODEL", "--out", "x"), "is a pipeline; say --prompt"),
         (("sample", "."), "whose model is to draw"),
     ],

@@ -39,6 +39,7 @@ def test_two_concepts_and_one_of_them_forgotten(command, pipeline, pictures, tmp
     assert code == 0, error
     assert "rex: 3 pictures" in out and f'next: personae sample {run} --prompt "a <rex>"' in out
     assert "learning      concept 1/1 (rex)  stretch 1/1  loss" in error and "client" not in error
+    assert "concept 1/1 (rex)  kept, measured and drawn" in error
 
     again = ("learn", run, "--concept", "tom", "--data", pictures / "tom", "--noun", "cat")
     code, _, error = command(*again, *new, "--set", "lesson.training.lr=0.5")
@@ -70,7 +71,8 @@ def test_bad_input(command, pipeline, pictures, tmp_path):
         (own, 2, "is new; say --model"),
         ((*own, "--model", pipeline, "--method", "ewcc"), 2, "did you mean 'ewc'"),
         ((*own, "--model", tmp_path, "--method", "ewc"), 5, "is not a text-to-image pipeline"),
-        ((*own[:-1], "gryphon", "--model", pipeline, "--method", "ewc"), 2, "'gryphon' to start from"),
+        ((*own, "--model", "tinyt2i", "--method", "ewc"), 5, "a model that comes with personae: tiny-t2i"),
+        ((*own[:-1], "gryphon", "--model", pipeline, "--method", "ewc"), 2, "'<rex>' is to start from 'gryphon'"),
         ((*own[:5], tmp_path / "absent", *own[6:], "--model", pipeline, "--method", "ewc"), 3, "absent"),
         (("forget", tmp_path, "--concept", "rex"), 5, "holds no model that learns"),
     ):
@@ -80,11 +82,57 @@ def test_bad_input(command, pipeline, pictures, tmp_path):
     code, _, error = command(*own, "--model", pipeline)
     assert code == 2 and "leave out --model" in error
     code, _, error = command(*own)
-    assert code == 2 and "a concept is called 'rex' already" in error
+    assert code == 2 and "cannot be called 'rex': 'rex', taught before" in error
     drawn = ("--prompt", "a <rex>", "--out", tmp_path / "drawn")
     code, _, error = command("sample", run, *drawn, "--region", "0,0,2,1: a <rex>")
     assert code == 2 and "is outside the picture" in error and not (tmp_path / "drawn").exists()
     code, _, error = command("sample", pipeline, *drawn, "--region", "0,0,1,1: a <rex>")
     assert code == 2 and f"that personae learn has taught, and {pipeline} is none" in error
     code, _, error = command("sample", run, "--client", "own", "--prompt", "a <rex>")
-    assert code == 2 and "leave out --client" in error
+    assert code == 2 and "leave out --client" in error and "say" not in error
+    code, _, error = command("sample", run)
+    assert code == 2 and "say --prompt, what to draw" in error and "--client" not in error
+    (tmp_path / "file").write_text("")
+    code, _, error = command("sample", run, "--prompt", "a <rex>", "--out", tmp_path / "file" / "drawn")
+    assert code == 5 and f"creating {tmp_path / 'file' / 'drawn'} failed" in error
+    code, _, error = command("sample", run, *drawn, "--guidance", "nan")
+    assert code == 2 and "guidance is nan, expected a finite number" in error
+    code, _, error = command("sample", run, *drawn, "-n", -3)
+    assert code == 2 and "-3 images were asked for, expected at least 1" in error
+    assert not (tmp_path / "drawn").exists()
+    found = json.loads(command("inspect", run, "--json")[1])
+    assert (found["method"], found["concepts"], found["forgotten"]) == ("sequential_lora", ["rex"], [])
+    assert found["bytes_kept"] > 0 and "rounds_done" not in found
+    (run / "config.toml").write_text("name = [")
+    for arguments in (own, (*own, "--model", pipeline, "--method", "ewc"), ("resume", run), ("sample", run, *drawn)):
+        code, _, error = command(*arguments)
+        assert code == 5 and f"{run / 'config.toml'} cannot be read" in error, error
+
+
+def test_a_refusal_at_the_first_lesson_leaves_no_run(command, pipeline, pictures, tmp_path):
+    run = tmp_path / "my pets"
+    own = ("learn", run, "--concept", "rex", "--data", pictures / "rex", "--noun", "dog", "--model", pipeline)
+    small = [part for override in SMALL[:-1] if "rank" not in override for part in ("--set", override)]
+    tight = ("--method", "cns", *small, "--set", "num_prompts=4", "--set", "continual.budget=1e-6")
+    code, _, error = command(*own, *tight)
+    assert code == 2 and "is less than one" in error
+    code, out, error = command(*own, "--method", "textual_inversion", *small)
+    assert code == 0, error
+    assert f"next: personae sample '{run}' --prompt" in out
+
+
+def test_resume_takes_up_the_lesson_that_was_stopped(command, pipeline, pictures, tmp_path, monkeypatch):
+    from personae.sequence import workflow
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "my pets"
+    own = ("learn", run, "--concept", "rex", "--data", pictures / "rex", "--noun", "dog", "--model", pipeline)
+    with monkeypatch.context() as patched:
+        patched.setattr(workflow.SavedSequence, "_figures", stop)
+        assert command(*own, "--method", "sequential_lora", *SETTINGS)[0] != 0
+    found = json.loads(command("inspect", run, "--json")[1])
+    assert (found["concepts"], found["waiting"]) == ([], ["rex"])
+    code, out, error = command("resume", run)
+    assert code == 0 and "rex: held-out loss" in out, error

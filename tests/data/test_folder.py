@@ -202,6 +202,14 @@ def test_skipping_does_not_warn_without_reason(tmp_path):
         image_folder(tmp_path, 8, 3, on_unreadable="skip")
 
 
+def test_pictures_of_other_kinds_are_named(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("dance.GIF", "phone.heic", "notes.txt", ".hidden.gif"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"left out 2 pictures that are not read; .*\n- dance\.GIF\n- phone\.heic$"):
+        assert len(image_folder(tmp_path, 4, 3).images) == 1
+
+
 def test_skipping_everything_is_an_empty_client(tmp_path):
     save(tmp_path / "ann/1.png")
     save(tmp_path / "bob/1.png").write_text("hello")

@@ -72,7 +72,7 @@ def test_gradients_reach_the_rows_and_not_the_table(tokenizer, table):
     ("words", "start", "told"),
     [
         (("dog",), "cat", "already knows 'dog'; choose a word that it does not, such as <dog>"),
-        (("<rex>",), "zebra", r"the word 'zebra' to start from is 5 tokens \(z, e, b, r, a</w>\), expected one"),
+        (("<rex>",), "zebra", r"from 'zebra', its noun, which is 5 tokens \(z, e, b, r, a</w>\), expected one"),
     ],
 )
 def test_a_word_must_be_new_and_begin_as_a_known_one(tokenizer, table, words, start, told):

@@ -85,7 +85,7 @@ def test_values_that_do_not_go_together_stand_beside_the_methods_own_problems():
         ("sampling.steps=0", "sampling.steps: 0 sampling steps were asked for, expected 1 to 1000"),
         ("sampling.steps=2000", "sampling.steps: 2000 sampling steps were asked for, expected 1 to 1000"),
         ("evaluation.num_images=0", "evaluation.num_images: 0, expected at least 1"),
-        ("machine.threads=0", "machine.threads: 0, expected at least 1"),
+        ("machine.threads=0", "machine: threads is 0, expected at least 1"),
         ("method.name=spyre", "method.name: 'spyre' is unknown; did you mean 'spire'?"),
         ("method.name=[1]", "method.name: [1] is unknown; valid are spire, fedavg_ft"),
         ("method=3", "method: a table [method] with a name is needed; names are spire"),

@@ -14,7 +14,7 @@ from personae.core import Method, Training
 from personae.methods import METHODS
 from personae.recipe.config import TITLE, WRAPPERS
 from personae.recipe.schema import Recipe
-from personae.sequence.config import Concept, Lesson, Scoring, SequenceRecipe
+from personae.sequence.config import Concept, Drawing, Lesson, Scoring, SequenceRecipe
 from personae.study.config import StudyMachine, StudyRecipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -50,6 +50,7 @@ KINDS = {
     "[[concepts]]": Concept,
     "[lesson]": Lesson,
     "[scoring]": Scoring,
+    "[sampling] of concepts": Drawing,
     **{name: kind for name, kind in CONTINUAL.items() if dataclasses.fields(kind)},
     "Studies": StudyRecipe,
     "[machine] of a study": StudyMachine,

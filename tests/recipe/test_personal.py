@@ -334,7 +334,7 @@ def test_captions_that_say_nothing_are_refused(model, pictures, tmp_path, method
 
 
 def test_a_noun_that_the_model_does_not_know_as_one_word_is_refused(model, pictures, tmp_path):
-    with pytest.raises(ConfigError, match=r"'doghouse' to start from is \d tokens"):
+    with pytest.raises(ConfigError, match=r"is to start from 'doghouse', its noun, which is \d tokens"):
         run(personal_recipe(model, pictures, "tokens", "doghouse"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

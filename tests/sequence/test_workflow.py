@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import shutil
+import tomllib
+import warnings
 
 import pytest
+import tomli_w
 import torch
 
 from personae.artefact.save import load_state, write_bytes
 from personae.continual import CONTINUAL
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.infer.regions import Region
+from personae.recipe.config import change as change_table
 from personae.recipe.schema import Data
 from personae.sequence import workflow
 from personae.sequence.config import RATES, Concept, own_recipe, parse_sequence, sequence_toml
@@ -86,7 +90,9 @@ def test_a_lesson_that_was_stopped_goes_on(begin, concept, method):
     assert stopped.concepts == ["rex"] and (stopped.folder / "lesson.safetensors").is_file()
     seen = []
     open_sequence(stopped.folder).learn(concept("tom"), watch=seen.append)
-    assert [round.clients_done for round in seen] == [2, 3], "the stretch that was done is not repeated"
+    assert [round.clients_done for round in seen if not round.done] == [2, 3], (
+        "the stretch that was done is not repeated"
+    )
     whole.learn(concept("tom"))
     assert differing_states(whole.kept, stopped.kept) == []
     assert not (stopped.folder / "lesson.safetensors").exists()
@@ -98,7 +104,9 @@ def test_a_lesson_on_another_noun_begins_anew(begin, concept):
         run.learn(concept("rex"), watch=stop)
     seen = []
     run.learn(dataclasses.replace(concept("rex"), noun="cat"), watch=seen.append)
-    assert [round.clients_done for round in seen] == [1, 2] and run.tasks[0].noun == "cat"
+    assert [(round.clients_done, round.done) for round in seen] == [(1, False), (2, False), (3, True)] and run.tasks[
+        0
+    ].noun == "cat"
 
 
 def test_what_was_measured(begin, concept):
@@ -161,7 +169,7 @@ def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
     assert adapter.concepts == ["tom"]
     adapter.learn(concept("pip"))
     assert adapter.concepts == ["tom", "pip"]
-    with pytest.raises(ConfigError, match="'rex' already"):
+    with pytest.raises(ConfigError, match="'rex', taught before, has the word <rex>, also if it was forgotten since"):
         adapter.learn(concept("rex"))
     with pytest.raises(ConfigError, match="no concept is called 'rex' here; there are tom, pip"):
         adapter.forget("rex")
@@ -297,25 +305,139 @@ def test_what_cannot_be_taught(begin, concept, pictures, tmp_path):
     (tmp_path / "single").mkdir()
     shutil.copy(pictures / "tom" / "0.png", tmp_path / "single")
     for wrong, kind, message in (
-        (Concept("REX", "dog", concept("tom").data), ConfigError, "'REX' already"),
+        (Concept("REX", "dog", concept("tom").data), ConfigError, "called 'REX': 'rex', taught before"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "empty"))), DataError, "no image"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "absent"))), DataError, "absent"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "damaged"))), DataError, r"1\.png: cannot be read"),
         (Concept("new", "dog", Data("folder", path=str(tmp_path / "single"))), DataError, "at least 2 are needed"),
-        (Concept("new", "gryphon", concept("tom").data), ConfigError, "'gryphon' to start from is"),
+        (Concept("new", "gryphon", concept("tom").data), ConfigError, "'<new>' is to start from 'gryphon', its noun"),
     ):
         with pytest.raises(kind, match=message):
             run.learn(wrong)
         assert differing_states(run.kept, before) == []
-    for name, noun, message in (("a b", "dog", "cannot be a concept's name"), ("new", " ", "has no noun")):
+    for name, noun, message in (
+        ("a b", "dog", "cannot be a concept's name"),
+        ("a" * 65, "dog", "cannot be a concept's name; use up to 64 letters"),
+        ("new", " ", "has no noun"),
+    ):
         with pytest.raises(ConfigError, match=message):
             Concept(name, noun, concept("tom").data)
     assert run.concepts == ["rex"] and len(list(run.folder.glob("kept-*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("continual.rank=4", r"has continual\.rank = 4, and what is kept there was learned with 2"),
+        ("continual.name=ewc", r"has continual\.\w+ = "),
+        ("wording=a photo of {concept}", r"has wording = 'a photo of {concept}'"),
+        ("num_vectors=2", r"has num_vectors = 2, and what is kept there was learned with 1"),
+    ],
+)
+def test_what_was_learned_keeps_its_method(begin, concept, change, message):
+    run = begin()
+    run.learn(concept("rex"))
+    where = run.folder / "config.toml"
+    table = tomllib.loads(where.read_text())
+    change_table(table, change)
+    where.write_text(tomli_w.dumps(table))
+    for use in (lambda saved: saved.learn(concept("tom")), lambda saved: saved.sample("a <rex>", 1)):
+        with pytest.raises(ArtefactError, match=message):
+            use(open_sequence(run.folder))
+
+
+def test_how_long_to_train_may_change_between_concepts(begin, concept):
+    run = begin()
+    run.learn(concept("rex"))
+    where = run.folder / "config.toml"
+    table = tomllib.loads(where.read_text())
+    change_table(table, "lesson.training.steps=1")
+    where.write_text(tomli_w.dumps(table))
+    open_sequence(run.folder).learn(concept("tom"))
+    assert run.concepts == ["rex", "tom"]
+
+
+def test_a_lesson_that_was_stopped_is_finished_by_resume(begin, concept):
+    whole, killed = begin(folder="whole"), begin()
+    for run in (whole, killed):
+        run.learn(concept("rex"))
+    whole.learn(concept("tom"))
+
+    def stop(now):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.learn(concept("tom"), watch=stop)
+    again = open_sequence(killed.folder).finish()
+    assert again.concepts == ["rex", "tom"] and differing_states(again.kept, whole.kept) == []
+
+
+def test_nothing_taught_is_nothing_to_go_on_with(begin):
+    with pytest.raises(ArtefactError, match="nothing taught yet; give the command that began it again"):
+        begin().finish()
+
+
+def test_what_is_refused_before_anything_was_taught_leaves_no_run(pipeline, small, tmp_path, pictures):
+    recipe = tmp_path / "recipe.toml"
+    data = {"source": "folder", "path": str(pictures / "rex")}
+    concepts = [{"name": "rex", "noun": "dog", "data": data}]
+    table = tomllib.loads(sequence_toml(*own_recipe(str(pipeline), "cns", "run", (*small, *OPTIONS["cns"]))))
+    table["concepts"], table["continual"]["budget"] = concepts, 1e-6
+    recipe.write_text(tomli_w.dumps(table))
+    with pytest.raises(ConfigError, match="is less than one; raise"):
+        run_sequence(recipe, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    table["continual"]["budget"] = 0.01
+    recipe.write_text(tomli_w.dumps(table))
+    assert run_sequence(recipe, tmp_path / "run").concepts == ["rex"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [("a rex", "says rex, and not <rex>"), ("a < rex >", "says rex, and not <rex>"), ("a <rex> of a rex", None)],
+)
+def test_a_name_without_its_brackets_is_noted(begin, concept, prompt, note):
+    run = begin("textual_inversion")
+    run.learn(concept("rex"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.sample(prompt, 1)
+    assert [str(each.message) for each in said if "and not" in str(each.message)] == (
+        [f"the prompt {note}, which draws the concept"] if note else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lesson.training.steps=0", "lesson: 10 stretches of 0 training steps; expected at least 1 of each"),
+        ("sampling.sampler=ddim", r"sampling\.sampler: unknown key"),
+        ("sampling.guidance=nan", "sampling: guidance is nan, expected a finite number"),
+        ("num_prompts=0", "- num_prompts is 0, expected at least 1"),
+        ("machine.threads=0", "machine: threads is 0, expected at least 1"),
+        ("continual.name=textual_inversion", "continual.rank: unknown key; valid are none"),
+    ],
+)
+def test_recipes_that_cannot_be(pipeline, change, message):
+    with pytest.raises(ConfigError, match=message):
+        own_recipe(str(pipeline), "sequential_lora", "run", ["continual.rank=2", change])
+
+
+def test_sampler_steps_are_looked_at_before_a_lesson(begin):
+    with pytest.raises(ConfigError, match="0 sampling steps were asked for"):
+        begin("sequential_lora", "sampling.steps=0")
+
+
+def test_a_damaged_recipe_is_not_taken_for_none(begin, concept):
+    run = begin()
+    (run.folder / "config.toml").write_text("name = [")
+    with pytest.raises(ArtefactError, match=r"config\.toml cannot be read: .*damaged or edited by hand"):
+        open_sequence(run.folder)
+
+
 def test_recipes_are_read_whole(pipeline, small):
     recipe, method = own_recipe(str(pipeline), "ewc", "run", [*small, "continual.weight=3"])
-    assert method.weight == 3 and parse_sequence(__import__("tomllib").loads(sequence_toml(recipe, method)), "x") == (
+    assert method.weight == 3 and parse_sequence(tomllib.loads(sequence_toml(recipe, method)), "x") == (
         recipe,
         method,
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from personae.artefact.formats_open import refuse_pickle
 from personae.artefact.formats_read import described
-from personae.artefact.save import explained, load_arrays, read_json, read_metadata
+from personae.artefact.save import load_arrays, read_json, read_lines, read_metadata, read_toml
 from personae.errors import ArtefactError
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Kind, metadata and tensors of a safetensors file, or the state of a run's or a study's folder.
+    """Kind, metadata and tensors of a safetensors file, or the state of a run's folder, of whichever kind.
 
     Of another tool's LoRA or word also what it is and who reads it; peft's is a folder.
 
@@ -43,13 +42,11 @@ def inspect_file(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     if not (path / "config.toml").is_file():
         raise ArtefactError(f"{path} is a folder, but neither a run nor a study: it has no config.toml")
-    try:
-        with explained(path / "config.toml", "reading"):
-            config = tomllib.loads((path / "config.toml").read_text("utf-8"))
-    except ValueError as error:
-        raise ArtefactError(f"{path / 'config.toml'} cannot be read: {error}") from error
+    config = read_toml(path / "config.toml")
     if "study" in config:
         return _study(path, config)
+    if "continual" in config:
+        return _taught(path, config)
     rounds = 0
     if (path / "rounds.jsonl").is_file():
         rounds = len((path / "rounds.jsonl").read_text("utf-8").splitlines())
@@ -59,6 +56,21 @@ def _run(path: Path) -> dict[str, Any]:
         "complete": (path / "cost.json").is_file(),
         "evaluated": (path / "summary.json").is_file(),
         "clients": sorted(p.stem for p in (path / "clients").glob("*.safetensors")),
+        "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
+    }
+
+
+def _taught(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    events, lesson = read_lines(path / "events.jsonl"), path / "lesson.safetensors"
+    gone = [event["concept"] for event in events if event["event"] == "forget"]
+    return {
+        "run": str(path),
+        "model": config["model"],
+        "method": config["continual"]["name"],
+        "concepts": [e["concept"] for e in events if e["event"] == "learn" and e["concept"] not in gone],
+        "forgotten": gone,
+        "waiting": [read_metadata(lesson)["concept"]] if lesson.is_file() else [],
+        "bytes_kept": events[-1]["bytes"] if events else 0,
         "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
     }
 

@@ -57,9 +57,10 @@ class RunFolder:
         """Raises: ArtefactError, when the folder exists and holds a file."""
         with explained(self.path, "reading"):
             if self.path.exists() and (not self.path.is_dir() or _holds_files(self.path)):
+                begun = (self.path / "config.toml").is_file()
                 raise ArtefactError(
-                    f"{self.path} exists; nothing was overwritten. Choose another folder with --out, or continue it "
-                    f"with: personae resume {self.path}"
+                    f"{self.path} exists; nothing was overwritten. Choose another folder"
+                    + (f", or continue it with: personae resume {self.path}" if begun else "; this one holds no run")
                 )
 
     def create(self) -> None:

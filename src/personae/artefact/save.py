@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,14 +91,22 @@ def _finite(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; none where there is no file. A line that was cut short by a kill is left out."""
+    """One JSON object a line; none where there is no file. A line that was cut short by a kill is left out.
+
+    Raises: ArtefactError, when a line holds anything else.
+    """
     found = []
     if path.is_file():
         with explained(path, "reading"):
             lines = path.read_text("utf-8", "replace").splitlines()
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             with suppress(ValueError):
                 found.append(json.loads(line))
+                if not isinstance(found[-1], dict):
+                    raise ArtefactError(
+                        f"{path} line {number} is {line[:40]!r}, expected an object; it was damaged or edited by hand. "
+                        "Put it back as it was"
+                    )
     return found
 
 
@@ -114,6 +123,18 @@ def read_json(path: Path) -> Any:
         return json.loads(data)
     except ValueError as error:
         raise ArtefactError(f"{path} is not readable JSON ({error}); it was damaged or edited by hand") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises: ArtefactError, when the file is missing or not TOML."""
+    with explained(path, "reading"):
+        data = path.read_bytes()
+    try:
+        return tomllib.loads(data.decode())
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path} cannot be read: {error}; it was damaged or edited by hand. Put it back as it was"
+        ) from error
 
 
 def state_bytes(state: State, **about: str) -> bytes:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from personae.backbone.captions import Second
 from personae.backbone.parts import refuse_partial, written_whole
 from personae.backbone.schedule import load_schedule
+from personae.backbone.shipped import shipped
 from personae.backbone.text2image import Networks, TextToImage, Vector, published
 from personae.backbone.vocabulary import read_tokenizer, write_vocabulary
 from personae.core import Select, nothing
@@ -156,6 +157,11 @@ def open_pipeline(
     Raises: ArtefactError, when the folder lacks a component, holds another kind, or its weights do not fit;
     ConfigError, when a network has dropout, or TextToImage refuses.
     """
+    if not folder.is_dir():
+        raise ArtefactError(
+            f"{folder} is no folder; give that of a text-to-image pipeline, or the name of a model that comes with "
+            f"personae: {', '.join(shipped())}"
+        )
     expected, kind = (COMPONENTS_XL, "XL") if is_xl(folder) else (COMPONENTS, "")
     if missing := [part for part in expected if not (folder / part).is_dir()]:
         raise ArtefactError(

@@ -36,6 +36,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw images from a client's personal model, or from a pipeline, as PNG files and one grid."""
+    from personae.artefact.save import explained
     from personae.errors import ArtefactError, ConfigError
     from personae.evaluate.grids import save_grid
     from personae.infer.regions import parsed
@@ -45,16 +46,20 @@ def sample(
 
     lies = model_or_run(run)
     plain, taught = is_text_to_image(lies), is_sequence(lies)
-    if plain and (prompt is None or client is not None or out is None):
-        raise ConfigError(
-            f"{run} is a pipeline; say --prompt, what to draw, and --out, where to, and leave out --client"
-        )
-    if taught and (prompt is None or client is not None):
-        raise ConfigError(f"{run} has learned concepts of one client; say --prompt, and leave out --client")
+    wanted = {
+        "say --prompt, what to draw": (plain or taught) and prompt is None,
+        "say --out, where to": plain and out is None,
+        "leave out --client": (plain or taught) and client is not None,
+    }
+    if any(wanted.values()):
+        kind = "is a pipeline" if plain else "has learned concepts of one client"
+        raise ConfigError(f"{run} {kind}; {', and '.join(what for what, is_so in wanted.items() if is_so)}")
     if not (plain or taught) and client is None:
         raise ConfigError(f"whose model is to draw? Say --client NAME; personae inspect {run} lists them")
     if regions and not taught:
         raise ConfigError(f"--region is for models that personae learn has taught, and {run} is none; leave it out")
+    if num_images < 1:
+        raise ConfigError(f"{num_images} images were asked for, expected at least 1")
     boxes = [parsed(region) for region in regions or ()]
     folder = out or run / "samples" / (f"drawn-{seed}" if taught else f"{client}-{seed}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -74,7 +79,8 @@ def sample(
         images = open_run(run, device).sample(
             str(client), num_images, seed=seed, prompt=prompt, steps=steps, guidance=guidance
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder, "creating"):
+        folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         save_grid(folder / f"{number:04d}.png", image[None], columns=1, scale=1)
     save_grid(folder / "grid.png", images, columns=8)

@@ -55,7 +55,8 @@ class Progress:
         moved, spent = position - first, time.monotonic() - began
         left = spent / moved * (total - position) if moved > 0 and spent > 1 else None
         finished = position >= total
-        if not self._live and not finished and time.monotonic() - self._written < LOG_EVERY_SECONDS:
+        taught = now.stage == "learn" and now.clients_done >= now.clients - 1
+        if not self._live and not finished and not taught and time.monotonic() - self._written < LOG_EVERY_SECONDS:
             return
         self._written = time.monotonic()
         line = self._line(now, left)
@@ -75,10 +76,13 @@ class Progress:
     def _line(self, now: Round, left: float | None) -> str:
         time_left = f"  {_clock(left)} left" if left is not None else ""
         if now.stage == "learn":
-            return (
-                f"{STAGES[now.stage]:13} concept {now.round}/{now.rounds} ({now.client})  "
-                f"stretch {now.clients_done}/{now.clients}  loss {now.loss:.4f}{time_left}"
-            )
+            front = f"{STAGES[now.stage]:13} concept {now.round}/{now.rounds} ({now.client})  "
+            if now.done:
+                return f"{front}kept, measured and drawn"
+            trained = f"stretch {now.clients_done}/{now.clients - 1}  loss {now.loss:.4f}"
+            if now.clients_done < now.clients - 1:
+                return f"{front}{trained}{time_left}"
+            return f"{front}{trained}  keeping, measuring and drawing it"
         if now.stage != "train":
             noun = "cell" if now.stage == "measure" else "client"
             return f"{STAGES[now.stage]:13} {noun} {now.clients_done}/{now.clients} ({now.client}){time_left}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +34,8 @@ def learn(
     from personae.sequence.config import Concept, own_recipe
     from personae.sequence.workflow import begin_sequence, is_sequence, open_sequence
 
-    taught = Concept(concept, noun, Data("folder", path=str(data)))
-    if is_sequence(run):
+    taught, begun = Concept(concept, noun, Data("folder", path=str(data))), is_sequence(run)
+    if begun:
         saved = open_sequence(run)
         asked = own_recipe(model, method, run.name, overrides or ()) if model and method else None
         if (model or method or overrides) and not (asked and saved.began_as(*asked)):
@@ -45,8 +47,8 @@ def learn(
         raise ConfigError(f"{run} is new; say --model, such as tiny-t2i, and --method, such as ewc")
     else:
         saved = begin_sequence(*own_recipe(model, method, run.name, overrides or ()), run, [taught])
-    again = f"personae learn {run} --concept {concept} --data {data} --noun {noun!r}"
-    with Progress(run, again, quiet=as_json) as watch:
+    again = shlex.join(["personae", "learn", *map(str, (run, "--concept", concept, "--data", data, "--noun", noun))])
+    with Progress(run, again, quiet=as_json) as watch, nullcontext() if begun else saved.dropped_if_refused():
         event = saved.learn(taught, watch=watch)
     scores = event["scores"][concept]
     lines = [
@@ -54,7 +56,7 @@ def learn(
         f"{event['seconds']:.0f} seconds; {event['bytes']:,} bytes are kept of all {len(saved.concepts)} concepts",
         *([f"room for {event['facts']['room']} more"] if "room" in event["facts"] else []),
         f"report: {run / 'report.html'}",
-        f'next: personae sample {run} --prompt "a {taught.word}" -n 8',
+        f'next: personae sample {shlex.quote(str(run))} --prompt "a {taught.word}" -n 8',
     ]
     print_found(as_json, {**event, "report": str(run / "report.html")}, lines)
 

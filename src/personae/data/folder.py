@@ -17,6 +17,7 @@ and resized by Lanczos' filter; 16-bit grey is scaled to 8 bit. Of several frame
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
 import re
 import warnings
@@ -151,17 +152,31 @@ def _photos(
 def _found(root: Path, label_depth: int, problems: list[str]) -> tuple[list[str], dict[str, _Note]]:
     """The names of all images, sorted, and what the metadata or else the folders say of them."""
     names: list[str] = []
+    others: list[str] = []
     described: list[PurePosixPath] = []
     for folder, folders, files in os.walk(root, onerror=lambda error: problems.append(f"{error}"), followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") or (folder == str(root) and label_depth)]
         below = PurePosixPath(Path(folder).relative_to(root).as_posix())
         images = [name for name in files if Path(name).suffix.lower() in FORMATS and not name.startswith(".")]
         names += [str(below / name) for name in images]
+        others += [str(below / name) for name in files if name not in images and _is_other_picture(name)]
         described += [below] * (METADATA in files)
+    if others:
+        warnings.warn(
+            f"{root}: left out {len(others)} pictures that are not read; save them as one of {', '.join(FORMATS)}\n"
+            + _listed(sorted(others)),
+            stacklevel=4,
+        )
     if described:
         return sorted(names), _metadata(root, sorted(described), set(names), problems)
     labels = {name: parts[label_depth] for name in names if len(parts := name.split("/")) > label_depth + 1}
     return sorted(names), {name: _Note(label=label) for name, label in labels.items()}
+
+
+def _is_other_picture(name: str) -> bool:
+    """A picture by its ending, of a kind that is not in FORMATS, such as .gif and .heic."""
+    kind, _ = mimetypes.guess_type(name, strict=False)
+    return kind is not None and kind.startswith("image/") and not name.startswith(".")
 
 
 def _metadata(root: Path, folders: list[PurePosixPath], names: set[str], problems: list[str]) -> dict[str, _Note]:

@@ -13,8 +13,12 @@ from personae.errors import ConfigError, FederationError
 
 POOLED = "pooled"
 
-SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
+SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 """What a client may be called, since files are named after it; "-real" and "-before" name its grids of samples."""
+
+NAME_RULE = (
+    "up to 64 letters, digits, '.', '_' and '-', without a '.' in front, and with another end than -real or -before"
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,7 @@ class Population:
         if len(set(names)) != len(names):
             problems.append(f"names are used twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
         if unsafe := [name for name in names if not SAFE_NAME.fullmatch(name)]:
-            problems.append(
-                f"names that cannot be files: {', '.join(map(repr, unsafe))}; use letters, digits, '.', '_' and '-', "
-                "and another ending than -real and -before"
-            )
+            problems.append(f"names that cannot be files: {', '.join(map(repr, unsafe))}; use {NAME_RULE}")
         if lost := [name for name in names if name not in self.data]:
             problems.append(f"no data for {', '.join(lost)}")
         if self.cohort_size is not None and not 1 <= self.cohort_size <= len(self.train):

@@ -5,6 +5,7 @@ Letters in shapes: `B` batch, `N` images, `*X` an image or a vector; a name in b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,8 @@ def sample_together(
     if num_images < 1:
         raise ConfigError(f"{num_images} images were asked for, expected at least 1")
     check_steps(sampler, steps, model.schedule.num_timesteps)
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance is {guidance}, expected a finite number")
     if len(captions) not in (0, num_images):
         raise ConfigError(f"{len(captions)} captions were given for {num_images} images; give one for each, or none")
     if batch_size < 1:

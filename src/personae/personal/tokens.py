@@ -98,11 +98,11 @@ class NewWords(nn.Module):
                     f"tokens: the tokenizer already knows {word!r}; choose a word that it does not, such as <{word}>"
                 )
         numbers = {known: tokenizer(known, add_special_tokens=False)["input_ids"] for known in options.starts.values()}
-        for known, pieces in numbers.items():
-            if len(pieces) != 1:
+        for word, known in options.starts.items():
+            if len(numbers[known]) != 1:
                 raise ConfigError(
-                    f"tokens: the word {known!r} to start from is {len(pieces)} tokens "
-                    f"({', '.join(tokenizer.tokenize(known))}), expected one; choose a simpler word"
+                    f"tokens: {word!r} is to start from {known!r}, its noun, which is {len(numbers[known])} tokens "
+                    f"({', '.join(tokenizer.tokenize(known))}), expected one; choose a simpler noun"
                 )
         shape = (options.num_vectors, table.embedding_dim)
         self._begin = {

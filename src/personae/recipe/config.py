@@ -235,7 +235,8 @@ def _build(kind: type, checked: pydantic.BaseModel, given: Mapping[str, Any], wh
     try:
         return kind(**values)
     except ConfigError as error:
-        problems.append(f"{where.rstrip('.')}: {str(error).removeprefix('training: ')}")
+        here = f"{where.rstrip('.')}: " if where else ""
+        problems.append(here + str(error).removeprefix("training: "))
         return None
 
 
@@ -265,7 +266,7 @@ def _dataclass_in(hint: Any) -> type:
 
 def nearest(word: str, valid: Any) -> str:
     near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid) or 'none'}"
 
 
 def _together(recipe: Recipe) -> list[str]:
@@ -330,7 +331,7 @@ ALONE = ("folder", "identity", "thing")
 
 
 def _data(recipe: Recipe) -> list[str]:
-    from personae.engine.population import SAFE_NAME
+    from personae.engine.population import NAME_RULE, SAFE_NAME
 
     problems, data = [], recipe.data
     for name, share in (("heldout", data.heldout), ("heldout_new", data.heldout_new)):
@@ -341,7 +342,7 @@ def _data(recipe: Recipe) -> list[str]:
     if data.source in ("clients", "folder") and data.size is None:
         problems.append(f"data.size: needed for source {data.source!r}, in pixels")
     if not SAFE_NAME.fullmatch(data.name):
-        problems.append(f"data.name is {data.name!r}, expected letters, digits, '.', '_' and '-'")
+        problems.append(f"data.name is {data.name!r}, expected {NAME_RULE}")
     if data.source == "clients" and data.partition is not None:
         problems.append("data.partition: source 'clients' is already spread over clients; leave it out")
     if data.source not in ("clients", *ALONE) and data.partition is None:
@@ -379,7 +380,6 @@ AT_LEAST = {
         "kid_subset_size": 2,
         "preview_rounds": 0,
     },
-    "machine": {"threads": 1, "checkpoint_every": 1},
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from personae.core import Method
+from personae.errors import ConfigError
 from personae.infer.samplers import Sampler
 from personae.personal.delta import Delta
 from personae.personal.lora import Lora
@@ -148,6 +150,10 @@ class Sampling:
     steps: int = 50
     guidance: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance is {self.guidance}, expected a finite number")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -175,6 +181,11 @@ class Machine:
     threads: int = 2
     device: str = "cpu"
     checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
-from personae.artefact.save import digest, load_state, read_json, read_metadata, write_bytes, write_json
+from personae.artefact.save import digest, load_state, read_json, read_metadata, read_toml, write_bytes, write_json
 from personae.backbone.shipped import is_shipped
 from personae.core import Arrays, ClientData, Job, Round, State, ignore
 from personae.data import image_folder
 from personae.engine import engine_by_name
 from personae.engine.in_process import personalize_one
-from personae.engine.population import SAFE_NAME
+from personae.engine.population import NAME_RULE, SAFE_NAME
 from personae.engine.together import check_per_client, personalize_many
 from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name
@@ -93,11 +92,7 @@ def open_run(folder: str | Path, device: str | None = None) -> SavedRun:
         raise ArtefactError(
             f"{path} is not a run: it has no config.toml. Start one with: personae run RECIPE --out {path}"
         )
-    try:
-        table = tomllib.loads((path / "config.toml").read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtefactError(f"{path / 'config.toml'} cannot be read: {error}") from error
-    recipe = parse(table, str(path / "config.toml"))
+    recipe = parse(read_toml(path / "config.toml"), str(path / "config.toml"))
     if device is not None:
         recipe = dataclasses.replace(recipe, machine=dataclasses.replace(recipe.machine, device=device))
     return SavedRun(path, recipe)
@@ -442,9 +437,7 @@ class SavedRun:
         taken = [n for n in names if n in self.clients and (n not in self._added() or self._is_current(n))]
         problems = [f"client {name!r} exists in {self.folder}; choose another name" for name in taken]
         problems += [
-            f"{name!r} cannot be a client's name; use letters, digits, '.', '_' and '-'"
-            for name in names
-            if not SAFE_NAME.fullmatch(name)
+            f"{name!r} cannot be a client's name; use {NAME_RULE}" for name in names if not SAFE_NAME.fullmatch(name)
         ]
         if problems:
             raise ConfigError("; ".join(problems))

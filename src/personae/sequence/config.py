@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,10 @@ import tomli_w
 from personae.continual import CONTINUAL
 from personae.continual.contract import Continual
 from personae.core import CONCEPT, Task, Training
-from personae.engine.population import SAFE_NAME
+from personae.engine.population import NAME_RULE, SAFE_NAME
 from personae.errors import ConfigError
 from personae.recipe.config import ALONE, SEQUENCE, TITLE, change, check_fields, nearest, plain
-from personae.recipe.schema import Data, Machine, Sampling
+from personae.recipe.schema import Data, Machine
 
 METHOD = SEQUENCE
 """The table of the method; its `name` is a key of CONTINUAL."""
@@ -33,7 +34,7 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not SAFE_NAME.fullmatch(self.name):
-            raise ConfigError(f"{self.name!r} cannot be a concept's name; use letters, digits, '.', '_' and '-'")
+            raise ConfigError(f"{self.name!r} cannot be a concept's name; use {NAME_RULE}")
         if not self.noun.split():
             raise ConfigError(f'concept {self.name!r} has no noun; say what it is one of, such as "dog"')
         if self.data.partition is not None or self.data.source not in ALONE:
@@ -54,8 +55,10 @@ class Lesson:
     stretches: int = 10
 
     def __post_init__(self) -> None:
-        if self.stretches < 1:
-            raise ConfigError(f"stretches is {self.stretches}, expected at least 1")
+        if min(self.stretches, self.training.steps) < 1:
+            raise ConfigError(
+                f"{self.stretches} stretches of {self.training.steps} training steps; expected at least 1 of each"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,18 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How concepts are drawn: `steps` of DPM-Solver++."""
+
+    steps: int = 20
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance is {self.guidance}, expected a finite number")
+
+
+@dataclass(frozen=True)
 class SequenceRecipe:
     """One run of one client. `model` is a text-to-image pipeline's folder, or the name of one that is shipped.
 
@@ -98,12 +113,13 @@ class SequenceRecipe:
     num_prior: int = 32
     num_prompts: int = 200
     scoring: Scoring = field(default_factory=Scoring)
-    sampling: Sampling = field(default_factory=lambda: Sampling("dpmsolver++", 20, 3.0))
+    sampling: Drawing = field(default_factory=Drawing)
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
-        if min(self.num_vectors, self.num_prior, self.num_prompts) < 1:
-            raise ConfigError("num_vectors, num_prior and num_prompts are to be at least 1")
+        for name in ("num_vectors", "num_prior", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if CONCEPT not in self.wording:
             raise ConfigError(
                 f"wording {self.wording!r} says the same of every concept; put {CONCEPT} where it belongs"
@@ -116,11 +132,14 @@ class SequenceRecipe:
 
 def refuse_used(known: Sequence[str], names: Sequence[str]) -> None:
     """Raises: ConfigError, when two concepts would have one word."""
-    seen = {name.lower() for name in known}
+    seen = {name.lower(): name for name in known}
     for name in names:
         if name.lower() in seen:
-            raise ConfigError(f"a concept is called {name!r} already; choose another name: its word is known")
-        seen.add(name.lower())
+            raise ConfigError(
+                f"a concept cannot be called {name!r}: {seen[name.lower()]!r}, taught before, has the word "
+                f"<{name.lower()}>, also if it was forgotten since; choose another name"
+            )
+        seen[name.lower()] = name
 
 
 def parse_sequence(table: Mapping[str, Any], where: str) -> tuple[SequenceRecipe, Continual]:

@@ -14,12 +14,14 @@ An event has happened when its line is written; whatever stops a run before lose
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 import time
-import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from personae.artefact.save import (
     read_json,
     read_lines,
     read_metadata,
+    read_toml,
     save_state,
     write_bytes,
 )
@@ -47,6 +50,7 @@ from personae.errors import ArtefactError, ConfigError, PersonaeError
 from personae.evaluate.grids import save_grid
 from personae.infer.regions import InRegions, Region
 from personae.infer.sample import draw
+from personae.infer.samplers import check_steps
 from personae.personal.tokens import is_word
 from personae.recipe.build import pictures_and_captions, with_absolute_path
 from personae.recipe.config import SEQUENCE, check_fields, plain, read_table
@@ -56,6 +60,7 @@ from personae.sequence.concepts import general_prompts, given, read_concept
 from personae.sequence.config import (
     Concept,
     SequenceRecipe,
+    method_name,
     parse_sequence,
     refuse_used,
     sequence_toml,
@@ -77,7 +82,9 @@ def run_sequence(
     Raises: ConfigError, DataError, ArtefactError (the folder exists).
     """
     plan, method = parse_sequence(*read_table(recipe, overrides))
-    return begin_sequence(plan, method, out).finish(watch)
+    saved = begin_sequence(plan, method, out)
+    with saved.dropped_if_refused():
+        return saved.finish(watch)
 
 
 def begin_sequence(
@@ -104,9 +111,9 @@ def begin_sequence(
 
 
 def is_sequence(folder: str | Path) -> bool:
-    with suppress(OSError, ValueError):
-        return SEQUENCE in tomllib.loads((Path(folder) / "config.toml").read_text("utf-8"))
-    return False
+    """Raises: ArtefactError, when its config.toml cannot be read."""
+    config = Path(folder) / "config.toml"
+    return config.is_file() and SEQUENCE in read_toml(config)
 
 
 def open_sequence(folder: str | Path, device: str | None = None) -> SavedSequence:
@@ -118,7 +125,7 @@ def open_sequence(folder: str | Path, device: str | None = None) -> SavedSequenc
             '--model MODEL --method NAME --concept NAME --data DIR --noun "dog"'
         )
     where = path / "config.toml"
-    plan, method = parse_sequence(tomllib.loads(where.read_text("utf-8")), str(where))
+    plan, method = parse_sequence(read_toml(where), str(where))
     if device is not None:
         plan = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device=device))
     return SavedSequence(path, plan, method)
@@ -167,13 +174,33 @@ class SavedSequence:
     # --- what a user does -------------------------------------------------------------------------------------------
 
     def finish(self, watch: Watch = ignore) -> SavedSequence:
-        """Teach what the recipe lists and nobody has taught yet, then report."""
+        """Teach what the recipe lists and nobody has taught yet, and what was being taught, then report.
+
+        Raises: ArtefactError, when there is nothing that could be gone on with.
+        """
         taught = {event["concept"] for event in self.events}
         for concept in self.recipe.concepts:
             if concept.name not in taught:
                 self.learn(concept, watch=watch)
+        if (waiting := self._waiting()) is not None:
+            self.learn(waiting, watch=watch)
+        if not self.events:
+            raise ArtefactError(
+                f"{self.folder} was begun, and nothing taught yet; give the command that began it again"
+            )
         self.report()
         return self
+
+    @contextmanager
+    def dropped_if_refused(self) -> Iterator[None]:
+        """Remove a folder that was begun for what is now refused, unless something was taught or trained there."""
+        try:
+            yield
+        except PersonaeError:
+            if not self.events and not self._lesson.is_file():
+                for name in ("config.toml", "environment.json"):
+                    (self.folder / name).unlink(missing_ok=True)
+            raise
 
     def learn(self, concept: Concept, *, watch: Watch = ignore) -> dict[str, Any]:
         """Teach one more concept. Returns its event. A lesson that was stopped is taken up where it was.
@@ -209,10 +236,14 @@ class SavedSequence:
                 "seconds": round(seconds, 3),
                 "bytes": kept.num_bytes(),
                 "facts": dict(kept.facts),
+                "learned_with": self._learns_with(),
                 **self._figures(model, kept, [*self.tasks, task], data.heldout),
             }
             self._draw(model, task)
             self._append(event, kept)
+            at, stretches = len(self.concepts), self.recipe.lesson.stretches + 1
+            total = max(at, len(self.recipe.concepts))
+            watch(Round("learn", at, total, concept.name, stretches, stretches, math.nan, 0, 0, seconds, True))
         finally:
             lock.release()
         self.report()
@@ -260,6 +291,7 @@ class SavedSequence:
         Raises: ConfigError, when a prompt or region says a word that nobody has taught, or is too long.
         """
         says = " ".join([prompt, *(region.caption for region in regions)]).lower()
+        self._note_near_misses(says)
         known = {task.word for task in self.tasks}
         said = {piece for piece in _words_in(says) if piece not in known}
         if said:
@@ -286,6 +318,7 @@ class SavedSequence:
 
     def model(self, tasks: Sequence[Task]) -> TextToImage:
         """With the method's parts and a word for each of these. Raises: ArtefactError, ConfigError."""
+        self._refuse_other_method()
         model = model_for(self.recipe, self.method, tasks)
         began = next((event["base"] for event in self.events if "base" in event), None)
         if began is not None and began != digest(model.base()):
@@ -299,32 +332,26 @@ class SavedSequence:
         """So that what cannot be taught is refused before there is a folder. Raises: ConfigError, ArtefactError,
         DataError."""
         model = self.model([self.recipe.task(concept) for concept in concepts])
+        check_steps("dpmsolver++", self.recipe.sampling.steps, model.schedule.num_timesteps)
         for concept in concepts:
             data = read_concept(concept, self.method, self.recipe, model.image_shape)
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
 
     def _taught(self, concept: Concept, task: Task, data: ClientData, model: TextToImage, watch: Watch) -> State:
-        lesson, path = self.recipe.lesson, self.folder / "lesson.safetensors"
-        done, reached = self._reached(path, concept, data)
+        lesson = self.recipe.lesson
+        done, reached = self._reached(concept, data)
         given_ = given(self.method, self.recipe, task, model)
         rng = stream(self.recipe.seed, "lesson")  # every stretch begins with draws of its own
         client = Client(CLIENT, data, model, rng, tasks=(*self.tasks, task), given=given_)
         started, number = time.perf_counter(), len(self.concepts) + 1
         total, seen = max(number, len(self.recipe.concepts)), digest(pictures_and_captions(data))
+        source = json_text(plain(concept.data))
 
         def after(count: int, state: State) -> None:
-            save_state(
-                path,
-                state,
-                kind="lesson",
-                concept=concept.name,
-                noun=concept.noun,
-                images=seen,
-                done=str(count),
-            )
+            about = {"concept": concept.name, "noun": concept.noun, "data": source, "images": seen, "done": str(count)}
+            save_state(self._lesson, state, sync=True, **about)
             loss, seconds = float(state.facts.get("loss", float("nan"))), time.perf_counter() - started
-            ends = count == lesson.stretches
-            watch(Round("learn", number, total, concept.name, count, lesson.stretches, loss, 0, 0, seconds, ends))
+            watch(Round("learn", number, total, concept.name, count, lesson.stretches + 1, loss, 0, 0, seconds, False))
 
         return learn(
             self.method,
@@ -340,8 +367,8 @@ class SavedSequence:
 
     def _refuse_lost_events(self) -> None:
         """A kill may leave what comes next already kept, beside its lesson; more than that was told of once."""
-        number, lesson = len(self.events), self.folder / "lesson.safetensors"
-        begun = number + (1 if number or lesson.is_file() else 0)
+        number = len(self.events)
+        begun = number + (1 if number or self._lesson.is_file() else 0)
         kept = sorted(path.name for path in self.folder.glob("kept-*.safetensors"))
         if kept and kept[-1] > self._kept(begun).name:
             raise ArtefactError(
@@ -349,12 +376,48 @@ class SavedSequence:
                 "concepts would be lost. Put events.jsonl back as it was, or begin another run"
             )
 
-    def _reached(self, path: Path, concept: Concept, data: ClientData) -> tuple[int, State | None]:
+    @property
+    def _lesson(self) -> Path:
+        return self.folder / "lesson.safetensors"
+
+    def _waiting(self) -> Concept | None:
+        """What was being taught when the run was stopped."""
+        if not self._lesson.is_file():
+            return None
+        about = read_metadata(self._lesson)
+        return Concept(about["concept"], about["noun"], _data_of(json.loads(about["data"])))
+
+    def _learns_with(self) -> dict[str, Any]:
+        """What has to stay as it is from the first concept on."""
+        recipe, method = self.recipe, {"name": method_name(self.method), **plain(self.method)}
+        fixed = {"wording": recipe.wording, "num_vectors": recipe.num_vectors}
+        return fixed | {f"{SEQUENCE}.{key}": value for key, value in method.items()}
+
+    def _refuse_other_method(self) -> None:
+        """Raises: ArtefactError, when config.toml was edited where it matters to what is kept."""
+        now = self._learns_with()
+        began: dict[str, Any] = next((each["learned_with"] for each in self.events if "learned_with" in each), now)
+        for key in sorted({*now, *began}):
+            if began.get(key) != now.get(key):
+                raise ArtefactError(
+                    f"{self.folder / 'config.toml'} has {key} = {now.get(key)!r}, and what is kept there was learned "
+                    f"with {began.get(key)!r}; put it back, or begin another run"
+                )
+
+    def _note_near_misses(self, says: str) -> None:
+        """Warns: UserWarning, when a prompt has a concept's name without its word."""
+        for task in self.tasks:
+            if task.word not in says and re.search(rf"(?<![\w<])(<\s*)?{re.escape(task.name.lower())}(?![\w>])", says):
+                warnings.warn(
+                    f"the prompt says {task.name}, and not {task.word}, which draws the concept", stacklevel=3
+                )
+
+    def _reached(self, concept: Concept, data: ClientData) -> tuple[int, State | None]:
         """How far a lesson on these pictures was. One of another concept or noun is dropped: nothing of it was kept."""
-        if not path.is_file():
+        if not self._lesson.is_file():
             return 0, None
         try:
-            about, state = read_metadata(path), load_state(path)
+            about, state = read_metadata(self._lesson), load_state(self._lesson)
         except PersonaeError:
             return 0, None
         own = {"concept": concept.name, "noun": concept.noun, "images": digest(pictures_and_captions(data))}
@@ -406,7 +469,7 @@ class SavedSequence:
         save_state(self._kept(number), kept, kind="kept")
         lines = "".join(json_text(line) + "\n" for line in [*self.events, event])
         write_bytes(self.folder / "events.jsonl", lines.encode())
-        for stale in (self._kept(number - 1), self.folder / "lesson.safetensors"):
+        for stale in (self._kept(number - 1), self._lesson):
             stale.unlink(missing_ok=True)
 
     def _kept(self, number: int) -> Path:

@@ -17,11 +17,10 @@ import os
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from personae.artefact.run_folder import RunFolder
-from personae.artefact.save import explained, json_text, read_json, read_lines, write_bytes, write_json
+from personae.artefact.save import explained, json_text, read_json, read_lines, read_toml, write_bytes, write_json
 from personae.core import Round, ignore
 from personae.errors import ArtefactError, PersonaeError
 from personae.recipe.config import STUDY, read_table
@@ -69,9 +68,8 @@ def resume_study(folder: str | Path, *, watch: Watch = ignore) -> SavedStudy:
 
 def is_study(folder: str | Path) -> bool:
     """Whether a folder that a recipe was run in holds a study, not a run."""
-    with suppress(OSError, ValueError):
-        return STUDY in tomllib.loads((Path(folder) / "config.toml").read_text("utf-8"))
-    return False
+    config = Path(folder) / "config.toml"
+    return config.is_file() and STUDY in read_toml(config)
 
 
 def open_study(folder: str | Path) -> SavedStudy:
@@ -80,7 +78,7 @@ def open_study(folder: str | Path) -> SavedStudy:
     if not is_study(path):
         raise ArtefactError(f"{path} holds no study; start one with: personae run RECIPE --out {path}")
     where = path / "config.toml"
-    return SavedStudy(path, *parse_study(tomllib.loads(where.read_text("utf-8")), str(where)))
+    return SavedStudy(path, *parse_study(read_toml(where), str(where)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from personae.core import Facts
-from personae.engine.flower.wire import HELLO, MAX_NAME, Post, opened, pack, problem_in, say
+from personae.engine.flower.wire import HELLO, Post, opened, pack, problem_in, say
 from personae.engine.population import SAFE_NAME
 from personae.engine.seat import disagreement
 from personae.errors import PersonaeError, RefusedUpdate
@@ -124,7 +124,7 @@ class Nodes:
     def _fitting(self, about: Mapping[str, object]) -> str:
         """The name of a client that may take part. Raises: RefusedUpdate."""
         name = about.get("client")
-        if not isinstance(name, str) or len(name) > MAX_NAME or not SAFE_NAME.fullmatch(name):
+        if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
             raise RefusedUpdate(f"a node failed to introduce itself ({problem_in(about) or 'no usable name'})")
         if (differs := disagreement(self.ours, about)) is not None:
             raise RefusedUpdate(f"client {name!r}: {differs}")
