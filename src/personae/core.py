@@ -8,6 +8,7 @@ shapes below say `...` where either may stand. `*X` is one of these too, the sam
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -380,6 +381,14 @@ class Given:
 
     prior: Images | None = None
     prompts: tuple[str, ...] = ()
+
+
+SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+"""What a client may be called, since files are named after it; "-real" and "-before" name its grids of samples."""
+
+NAME_RULE = (
+    "up to 64 letters, digits, '.', '_' and '-', without a '.' in front, and with another end than -real or -before"
+)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_gains_are_those_of_each_client_s_own_model_and_of_what_was_released(row
 
 
 def test_a_model_that_learned_nothing_gains_nothing(untrained, tmp_path):
-    idle = study(untrained, pairs=(SHARED, ALONE), changes=(*LITTLE, f"model={untrained}", "lesson.training.steps=0"))
+    idle = study(untrained, pairs=(SHARED, ALONE), changes=(*LITTLE, f"model={untrained}", "lesson.training.lr=1e-20"))
     for cell in idle.cells([]):
         found = idle.measure(cell, 3, tmp_path)
         gains = [value for own in found["gains"].values() for line in own for value in line if value is not None]

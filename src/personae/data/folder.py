@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import mimetypes
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personae.core import Images
+from personae.core import NAME_RULE, SAFE_NAME, Images
 from personae.data.sources import Source
 from personae.errors import ConfigError, DataError
 
@@ -44,7 +43,6 @@ FORMATS = {
     ".tiff": "TIFF",
 }
 METADATA = "metadata.jsonl"
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 MAX_NAMED = 10
 
 
@@ -88,9 +86,7 @@ def client_folders(
         else:
             problems.append(f"{photo.name}: lies beside the client folders; move it into one")
     problems += [
-        f"client {name!r}: rename the folder, to letters, digits, '.', '_' and '-', with no '.' in front"
-        for name in names
-        if not SAFE_NAME.fullmatch(name)
+        f"client {name!r}: rename the folder, to {NAME_RULE}" for name in names if not SAFE_NAME.fullmatch(name)
     ]
     problems += [
         f"client {name!r}: has no image that can be read; add some or remove the folder"

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from personae.core import Arrays, Client, ClientData, Denoiser, joined, stream
+from personae.core import NAME_RULE, SAFE_NAME, Arrays, Client, ClientData, Denoiser, joined, stream
 from personae.errors import ConfigError, FederationError
 
 POOLED = "pooled"
-
-SAFE_NAME = re.compile(r"(?!.*-(real|before)$)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-"""What a client may be called, since files are named after it; "-real" and "-before" name its grids of samples."""
-
-NAME_RULE = (
-    "up to 64 letters, digits, '.', '_' and '-', without a '.' in front, and with another end than -real or -before"
-)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pydantic
 import tomli_w
 
 from personae.attack import Poisoned
-from personae.core import Method
+from personae.core import NAME_RULE, SAFE_NAME, Method
 from personae.errors import ConfigError
 from personae.methods import METHODS
 from personae.methods import WRAPPERS as OF_METHODS
@@ -331,8 +331,6 @@ ALONE = ("folder", "identity", "thing")
 
 
 def _data(recipe: Recipe) -> list[str]:
-    from personae.engine.population import NAME_RULE, SAFE_NAME
-
     problems, data = [], recipe.data
     for name, share in (("heldout", data.heldout), ("heldout_new", data.heldout_new)):
         if share is not None and not 0 < share < 1:

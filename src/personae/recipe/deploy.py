@@ -19,9 +19,9 @@ import torch
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import json_text, write_bytes, write_json
 from personae.backbone.shipped import is_shipped
-from personae.core import Client, ClientData, Facts, Job, stream
+from personae.core import SAFE_NAME, Client, ClientData, Facts, Job, stream
 from personae.data import image_folder
-from personae.engine.population import SAFE_NAME, Roster
+from personae.engine.population import Roster
 from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import features_by_name
 from personae.recipe.build import (

@@ -15,11 +15,10 @@ from torch import Tensor
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest, load_state, read_json, read_metadata, read_toml, write_bytes, write_json
 from personae.backbone.shipped import is_shipped
-from personae.core import Arrays, ClientData, Job, Round, State, ignore
+from personae.core import NAME_RULE, SAFE_NAME, Arrays, ClientData, Job, Round, State, ignore
 from personae.data import image_folder
 from personae.engine import engine_by_name
 from personae.engine.in_process import personalize_one
-from personae.engine.population import NAME_RULE, SAFE_NAME
 from personae.engine.together import check_per_client, personalize_many
 from personae.errors import ArtefactError, ConfigError
 from personae.evaluate.features import Features, features_by_name

@@ -11,8 +11,7 @@ import tomli_w
 
 from personae.continual import CONTINUAL
 from personae.continual.contract import Continual
-from personae.core import CONCEPT, Task, Training
-from personae.engine.population import NAME_RULE, SAFE_NAME
+from personae.core import CONCEPT, NAME_RULE, SAFE_NAME, Task, Training
 from personae.errors import ConfigError
 from personae.recipe.config import ALONE, SEQUENCE, TITLE, change, check_fields, nearest, plain
 from personae.recipe.schema import Data, Machine

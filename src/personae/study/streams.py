@@ -26,11 +26,10 @@ from personae.artefact.run_folder import RunFolder
 from personae.backbone.text2image import TextToImage
 from personae.continual import CONTINUAL, OverTasks
 from personae.continual.contract import Continual
-from personae.core import Arrays, Images, Job, Method, State, Training, stream
+from personae.core import NAME_RULE, SAFE_NAME, Arrays, Images, Job, Method, State, Training, stream
 from personae.data.emoji import SEEN_STYLES, emoji, scenes
 from personae.data.tasks import Period, TaskStream, word_at
 from personae.engine.in_process import InProcess
-from personae.engine.population import SAFE_NAME
 from personae.engine.task_population import TaskPopulation
 from personae.errors import ConfigError
 from personae.evaluate.loss import denoising_loss
@@ -88,10 +87,7 @@ class Streams:
     def __post_init__(self) -> None:
         names, both = [each.name for each in self.clients], [(pair.method, pair.continual) for pair in self.pairs]
         if not names or len(set(names)) < len(names) or not all(map(SAFE_NAME.fullmatch, names)):
-            raise ConfigError(
-                f"clients are {names}; expected one or more, each with a name of its own, of letters, digits, '.', "
-                "'_' and '-'"
-            )
+            raise ConfigError(f"clients are {names}; expected one or more, each with a name of its own: {NAME_RULE}")
         if few := [each.name for each in self.clients if len(each.concepts) < 2]:
             raise ConfigError(f"{', '.join(few)} have fewer than two concepts; nothing can be forgotten")
         if not both or len(set(both)) < len(both):

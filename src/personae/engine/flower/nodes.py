@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 
-from personae.core import Facts
+from personae.core import SAFE_NAME, Facts
 from personae.engine.flower.wire import HELLO, Post, opened, pack, problem_in, say
-from personae.engine.population import SAFE_NAME
 from personae.engine.seat import disagreement
 from personae.errors import PersonaeError, RefusedUpdate
 
