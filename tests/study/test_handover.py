@@ -275,8 +275,8 @@ def rows_of(change, **more):
     ("change", "accepted", "told"),
     [
         (lambda n, f: {}, True, "30.0% fewer calls"),
-        (lambda n, f: {"leak": 0.26}, False, "chance is 20.0% (fails,"),
-        (lambda n, f: {"leak": 0.24}, True, "chance is 20.0% (passes,"),
+        (lambda n, f: {"leak": 0.26}, False, "chance is 20.0% (fails:"),
+        (lambda n, f: {"leak": 0.24}, True, "chance is 20.0% (passes:"),
         (lambda n, f: {"found": 0.97 * f["found"]}, False, "64.5% all at home (fails)"),
         (lambda n, f: {"named": f["named"] - 0.01 * (n + 1)}, False, "worse in thing found (fails)"),
         (lambda n, f: {"named": f["named"] + 0.02 * (-1) ** n}, True, "nothing is worse that can be told"),

@@ -63,6 +63,17 @@ def test_the_answer_in_numbers():
     assert len(told.charts) == 3 and len(told.findings) == 2
 
 
+def test_there_is_no_multiple_of_nothing():
+    still = [[0.4, None, None], [0.4, 0.4, None], [0.4, 0.4, 0.4]]
+    told = answer(
+        [row("first", 0.1, still), row("second", 0.1, FORGETS)],
+        ["first", "second"],
+        dict.fromkeys(("first", "second"), 0.1),
+    )
+    assert told.numbers["against the first"]["second"]["ratios"]["forgetting"] is None
+    assert told.findings[1].startswith("second against first: learns 1.25 x as much, average gain -0.1667")
+
+
 def test_an_unfinished_study_says_so():
     assert "no learner's rate is chosen yet" in answer([], ["first"], {"first": None}).findings[0]
 

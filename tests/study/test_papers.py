@@ -84,14 +84,26 @@ def test_forgetting_is_nothing_or_something():
     assert papers.forgets_nothing({"largest_change_of_others": 1e-9}).verdict == "disagrees"
 
 
-@pytest.mark.parametrize(("rivals", "verdict"), [((0.1, 0.2), "agrees"), ((0.2, 0.4), "partly"), ((0.4,), "disagrees")])
-def test_the_best_of_ours_must_end_above_every_rival(rivals, verdict):
-    figures = {"plain": [{"average": 0.1}], "ours": [{"average": 0.2}, {"average": 0.4}]}
-    figures |= {f"rival {n}": [{"average": gain}] for n, gain in enumerate(rivals)}
+def runs(*averages):
+    return [{"order": 0, "seed": seed, "average": average} for seed, average in enumerate(averages)]
+
+
+@pytest.mark.parametrize(
+    ("rivals", "verdict"),
+    [
+        (((0.1, 0.31), (0.05, 0.24)), "agrees"),
+        (((0.1, 0.31), (0.0, 0.39)), "partly"),
+        (((0.1, 0.31), (0.3, 0.5)), "partly"),
+        (((0.3, 0.5),), "disagrees"),
+    ],
+)
+def test_the_best_of_ours_must_end_above_every_rival_by_more_than_chance(rivals, verdict):
+    figures = {"plain": runs(0.1), "ours": runs(0.2, 0.4)}
+    figures |= {f"rival {n}": runs(*gains) for n, gains in enumerate(rivals)}
     judge = papers.ends_above(("plain", "ours"), tuple(name for name in figures if name.startswith("rival")))
     assert judge({"figures": figures}).verdict == verdict and "ours 0.300" in judge({"figures": figures}).measured
     assert judge({"figures": {**figures, "rival 0": []}}).verdict == "not measured"
-    once = {**figures, "ours": [{"average": 0.3}]}
+    once = {name: own[:1] for name, own in figures.items()}
     assert judge({"figures": once}).verdict == ("partly" if verdict == "agrees" else verdict), "one run is no proof"
 
 

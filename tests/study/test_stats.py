@@ -6,7 +6,7 @@ import pytest
 
 from personae.core import stream
 from personae.errors import DataError
-from personae.study.stats import interval, log_slope, paired
+from personae.study.stats import by_seeds, difference, interval, log_slope, paired, unpaired_by_seeds
 
 
 def test_interval_of_four_numbers():
@@ -41,3 +41,26 @@ def test_slope():
     assert log_slope([10, 100, 1000], [5, 0.5, 0.05]) == pytest.approx(-1)
     with pytest.raises(DataError):
         log_slope([1, 2], [1, 0])
+
+
+def test_clients_of_one_seed_are_not_taken_for_independent_over_seeds():
+    same = {(seed, client): 0.1 + client / 1000 for seed in range(3) for client in range(8)}
+    found = difference(same)
+    assert found.pooled.num == 24 and found.over_seeds.num == 3
+    assert found.holds_over_seeds and found.reservation == ""
+    turning = {(seed, client): value - 0.08 * seed for (seed, client), value in same.items()}
+    found = difference(turning | {(0, 8 + client): 0.1 for client in range(40)})
+    assert found.pooled.excludes(0) and found.reservation == " (not over seeds alone)"
+    found = difference({at: value for at, value in same.items() if at[0] == 0})
+    assert found.reservation == " (of one seed)" and not found.holds_over_seeds
+    assert difference({at: value * (-1) ** at[1] for at, value in same.items()}).reservation == ""
+
+
+def test_only_what_both_have_is_compared():
+    ours, theirs = {(0, "a"): 1.0, (0, "b"): 2.0, (1, "a"): 3.0}, {(0, "a"): 0.5, (1, "a"): 2.5, (2, "a"): 9.0}
+    found = by_seeds(ours, theirs)
+    assert found.pooled.num == 2 and found.pooled.mean == 0.5 and found.over_seeds.mean == 0.5
+    assert by_seeds(ours, {}) is None
+    found = unpaired_by_seeds(ours, theirs)
+    assert found.pooled.mean == pytest.approx(2.0 - 1.5) and found.over_seeds.mean == pytest.approx((1.0 + 0.5) / 2)
+    assert unpaired_by_seeds(ours, {(0, "a"): 1.0}) is None

@@ -47,12 +47,32 @@ def test_how_much_a_new_client_trains_is_kept():
 
 def test_no_difference_is_said_too():
     answer = STUDY.answer(rows(STUDY, worse=0.0))
-    assert answer.findings == ["width: no difference that can be told from 128, 4."]
+    assert answer.findings == ["width: no difference that can be told between 128 and 4."]
+
+
+def test_a_difference_that_seeds_alone_do_not_tell_is_said_to_be_one():
+    found = rows(STUDY)
+    for row in found:
+        if row["variant"] == "4" and row["seed"] == 1:
+            row["clients"] = {name: client(c["heldout_loss"] - 0.035) for name, c in row["clients"].items()}
+    pooled = next(finding for finding in STUDY.answer(found).findings if "held-out loss" in finding)
+    assert pooled.endswith("6 values) (not over seeds alone).")
+    assert STUDY.answer(rows(STUDY)).findings[0].endswith("6 values).")
+    one = [row for row in rows(STUDY) if row["seed"] == 0]
+    assert STUDY.answer(one).findings[0].endswith("3 values) (of one seed).")
+
+
+def test_other_images_are_said_to_be_others():
+    unpaired = Variants("width", "digits/spire", STUDY.variants, (0, 1), paired=())
+    found = unpaired.answer(rows(unpaired, worse=5.0))
+    assert "new clients, on other images: held-out loss" in found.findings[0]
+    assert "hold other images in each, whose figures are no gain" in found.charts[1].caption
 
 
 def test_unfinished():
     assert STUDY.answer([]).tables == ()
     answer = STUDY.answer(rows(STUDY)[:1])
+    assert answer.findings == [], "nothing was compared"
     assert [row[:2] for row in answer.tables[0].rows] == [["128", 1]]
     assert [chart.name for chart in answer.charts] == ["heldout_loss", "histogram_distance"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from personae.backbone.text2image import TextToImage
 from personae.continual.contract import load_kept
-from personae.core import Batch, Images, State, device_of, stream
+from personae.core import Batch, Denoiser, Images, State, device_of, stream
 from personae.evaluate.forgetting import drift_of_predictions
 from personae.evaluate.loss import denoising_loss
 from personae.infer.sample import draw, latents_at_once
@@ -42,7 +42,7 @@ def scores_of(
     return found
 
 
-def loss_of(model: TextToImage, recipe: SequenceRecipe, images: Images) -> float:
+def loss_of(model: Denoiser, recipe: SequenceRecipe, images: Images) -> float:
     """On the recipe's timesteps and noises, as the model is now."""
     return denoising_loss(
         model,

@@ -7,30 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from personae.evaluate.charts import COLOURS, chart, logarithmic, logarithmic_x
-from personae.study.stats import Interval, interval
+from personae.study.stats import Difference, Interval, by_seeds, interval
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
 TONES = ("after", "before", "up", "down", "real", "ink")
 FIGURES = {"loss": "held-out loss", "distance": "histogram distance", "kid": "kernel distance"}
 EVERYONE = "all"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Ours minus theirs, below 0 where ours is better: over all clients, and over the means of each seed's clients.
-
-    Clients of a seed share its trained models, which the first takes for independent and the second does not.
-    """
-
-    pooled: Interval
-    over_seeds: Interval
 
 
 People = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -229,18 +217,15 @@ def _differences(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[in
         for rival in rivals[1:]:
             theirs = people(where(rows, rival=rival, images=count))
             for kind in (EVERYONE, *kinds):
-                pairs = [at for at, client in ours.items() if at in theirs and kind in (EVERYONE, client["kind"])]
-                if pairs:
-                    found[(rival, count, kind)] = {
-                        name: _difference({at: ours[at][name] - theirs[at][name] for at in pairs}) for name in FIGURES
-                    }
+                own = {at: client for at, client in ours.items() if kind in (EVERYONE, client["kind"])}
+                apart = {name: by_seeds(_each(own, name), _each(theirs, name)) for name in FIGURES}
+                if told := {name: one for name, one in apart.items() if one is not None}:
+                    found[(rival, count, kind)] = told
     return found
 
 
-def _difference(by_client: Mapping[tuple[int, str], float]) -> Difference:
-    seeds = {seed for seed, _ in by_client}
-    means = [fmean(value for at, value in by_client.items() if at[0] == seed) for seed in sorted(seeds)]
-    return Difference(interval(list(by_client.values())), interval(means))
+def _each(clients: People, figure: str) -> dict[tuple[int, str], float]:
+    return {at: client[figure] for at, client in clients.items()}
 
 
 def _paired_table(differences: Differences, ours: str) -> Table:
@@ -269,8 +254,7 @@ def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Differenc
     def verdict(difference: Difference) -> str:
         if not difference.pooled.excludes(0):
             return "no difference that can be told"
-        held = "" if difference.over_seeds.excludes(0) else " (not over seeds alone)"
-        return ("lower" if difference.pooled.mean < 0 else "higher") + held
+        return ("lower" if difference.pooled.mean < 0 else "higher") + difference.reservation
 
     parts = [f"{title} {verdict(found[name])}, {_text(found[name].pooled)}" for name, title in FIGURES.items()]
     return f"With {_count(count)} images, {ours} against {rival}: {'; '.join(parts)}."
@@ -280,13 +264,17 @@ def _by_kind(ours: str, differences: Differences) -> list[str]:
     """Where it wins and where it loses: one sentence for each number of images and kind of new clients."""
     told = []
     for count, kind in dict.fromkeys((at[1], at[2]) for at in differences if at[2] != EVERYONE):
-        losses = {at[0]: found["loss"].pooled for at, found in differences.items() if at[1:] == (count, kind)}
+        losses = {at[0]: found["loss"] for at, found in differences.items() if at[1:] == (count, kind)}
         sides = {
-            "below": [rival for rival, loss in losses.items() if loss.high < 0],
-            "above": [rival for rival, loss in losses.items() if loss.low > 0],
+            "below": {rival: loss for rival, loss in losses.items() if loss.pooled.high < 0},
+            "above": {rival: loss for rival, loss in losses.items() if loss.pooled.low > 0},
         }
         undecided = [rival for rival in losses if not any(rival in side for side in sides.values())]
-        parts = [f"{side} that of {', '.join(rivals)}" for side, rivals in sides.items() if rivals]
+        parts = [
+            f"{side} that of {', '.join(rival + loss.reservation for rival, loss in found.items())}"
+            for side, found in sides.items()
+            if found
+        ]
         parts += [f"not told apart from {', '.join(undecided)}"] * bool(undecided)
         told.append(
             f"With {_count(count)} images and classes {KIND[kind]}, {ours}'s held-out loss is {'; '.join(parts)}."

@@ -23,7 +23,7 @@ from personae.evaluate.charts import chart
 from personae.recipe.config import load_recipe
 from personae.study.adaptation import Rival
 from personae.study.bench import open_bench, trained
-from personae.study.stats import Interval, paired
+from personae.study.stats import Difference, Interval, by_seeds
 from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 
 FIGURES = {"loss": "held-out loss", "distance": "class-histogram distance"}
@@ -119,7 +119,15 @@ class Advantage:
                     [self._difference(found, w.name, first, other, n, key) for n in self.images] for w in self.worlds
                 ]
                 rows += [
-                    [other, title, world.name, images, cell.num, cell.mean, cell.low, cell.high]
+                    [
+                        other,
+                        title,
+                        world.name,
+                        images,
+                        cell.pooled.num,
+                        *_bounds(cell.pooled),
+                        *_bounds(cell.over_seeds)[1:],
+                    ]
                     for world, line in zip(self.worlds, cells, strict=True)
                     for images, cell in zip(self.images, line, strict=True)
                     if cell is not None
@@ -128,32 +136,30 @@ class Advantage:
                     continue
                 findings.append(_told(first, other, title, cells))
                 name = f"{other}-{key}"
-                numbers[name] = [[None if cell is None else vars(cell) for cell in line] for line in cells]
+                numbers[name] = [[None if cell is None else _numbers(cell) for cell in line] for line in cells]
                 drawing = self._map(name, f"{title}: {first} minus {other}", cells)
-                charts.append(Chart(name, drawing, f"Blue where {first} is better; * where the interval excludes 0."))
-        columns = ("against", "figure", "world", "images", "pairs", "difference", "from", "to")
-        note = f"Mean differences, {first} minus the other, over the same new clients, with 95 % intervals over them."
+                charts.append(Chart(name, drawing, f"Blue where {first} is better; {MARKS}."))
+        columns = ("against", "figure", "world", "images", "pairs", "difference", "from", "to", "over seeds from", "to")
+        note = (
+            f"Mean differences, {first} minus the other, over the same new clients, with 95 % intervals over them, and "
+            "over the means of the seeds, whose clients share trained models."
+        )
         tables = (Table("Paired differences", columns, rows, note),) if rows else ()
         return Answer(findings, numbers, tables, charts)
 
     def _difference(
         self, found: Sequence[Row], world: str, first: str, other: str, images: int, key: str
-    ) -> Interval | None:
+    ) -> Difference | None:
         """Over all new clients of all seeds that both have adapted; None without any."""
-        own, theirs = [], []
+        values: dict[str, dict[tuple[int, Any], float]] = {first: {}, other: {}}
         for seed in self.seeds:
-            both = [
-                where(found, stage="adapt", world=world, rival=name, seed=seed, images=images)
-                for name in (first, other)
-            ]
-            if all(both):
-                ours, its = both[0][0]["clients"], both[1][0]["clients"]
-                own += [ours[name][key] for name in ours]
-                theirs += [its[name][key] for name in ours]
-        return paired(own, theirs) if own else None
+            for rival, own in values.items():
+                for row in where(found, stage="adapt", world=world, rival=rival, seed=seed, images=images):
+                    own |= {(seed, name): client[key] for name, client in row["clients"].items()}
+        return by_seeds(values[first], values[other])
 
-    def _map(self, name: str, title: str, cells: Sequence[Sequence[Interval | None]]) -> Markup:
-        means = np.array([[np.nan if cell is None else cell.mean for cell in line] for line in cells])
+    def _map(self, name: str, title: str, cells: Sequence[Sequence[Difference | None]]) -> Markup:
+        means = np.array([[np.nan if cell is None else cell.pooled.mean for cell in line] for line in cells])
         most = float(np.nanmax(np.abs(means))) or 1.0
 
         def draw(axes: Axes) -> None:
@@ -162,8 +168,9 @@ class Advantage:
             for row, line in enumerate(cells):
                 for column, cell in enumerate(line):
                     if cell is not None:
-                        dark = abs(cell.mean) > 0.7 * most
-                        text = f"{cell.mean:+.3f}{'*' if cell.excludes(0) else ''}"
+                        dark = abs(cell.pooled.mean) > 0.7 * most
+                        mark = "**" if cell.holds_over_seeds else "*" if cell.pooled.excludes(0) else ""
+                        text = f"{cell.pooled.mean:+.3f}{mark}"
                         colour = "#ffffff" if dark else "#101010"
                         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour)
             axes.set_xticks([at + 0.5 for at in range(len(self.images))], [str(images) for images in self.images])
@@ -174,7 +181,7 @@ class Advantage:
             axes.invert_yaxis()
 
         told = "; ".join(
-            f"{world.name}, {images} images: {cell.mean:+.4f}"
+            f"{world.name}, {images} images: {cell.pooled.mean:+.4f}"
             for world, line in zip(self.worlds, cells, strict=True)
             for images, cell in zip(self.images, line, strict=True)
             if cell is not None
@@ -183,10 +190,22 @@ class Advantage:
         return chart(f"map-{name}", 2.4 + 0.95 * len(self.images), height, draw, f"{title}; {told}")
 
 
-def _told(first: str, other: str, title: str, cells: Sequence[Sequence[Interval | None]]) -> str:
-    known = [cell for line in cells for cell in line if cell is not None]
-    better, worse = (sum(cell.excludes(0) and sign * cell.mean < 0 for cell in known) for sign in (1, -1))
+MARKS = "* where the interval over clients excludes 0, ** where that over the seeds' means does, too"
+
+
+def _bounds(found: Interval) -> list[Entry]:
+    return [found.mean, *([None, None] if found.num == 1 else [found.low, found.high])]
+
+
+def _numbers(cell: Difference) -> dict[str, Any]:
+    return {**vars(cell.pooled), "over_seeds": vars(cell.over_seeds)}
+
+
+def _told(first: str, other: str, title: str, cells: Sequence[Sequence[Difference | None]]) -> str:
+    known = [cell for line in cells for cell in line if cell is not None and cell.pooled.num > 1]
+    sides = [[cell for cell in known if cell.pooled.excludes(0) and sign * cell.pooled.mean < 0] for sign in (1, -1)]
+    better, worse = (f"{len(side)} ({sum(cell.holds_over_seeds for cell in side)} over seeds alone)" for side in sides)
     return (
         f"{title}: {first} is better than {other} in {better} of {len(known)} places of the map, worse in {worse}; in "
-        "the others the interval holds 0."
+        "the others the interval holds 0. Of so many intervals one in twenty excludes 0 by chance."
     )

@@ -47,7 +47,7 @@ from personae.recipe.workflow import SavedRun, open_run
 from personae.study.bench import trained
 from personae.study.by_style import of_cluster, real_pictures, server_of, styles_of
 from personae.study.collaboration_report import answer
-from personae.study.study import Answer, Cell, Row, where
+from personae.study.study import Answer, Cell, Row, file_name, where
 from personae.study.variants import Variant
 
 HALVINGS = 16
@@ -176,7 +176,7 @@ class Collaboration:
                     grids.append(self._rows(run, client, style, own[:SHOWN], parts[0][:SHOWN], seed))
             by_style[style] = self._judged(torch.cat(parts), told, style, seed)
         (folder / "pictures").mkdir(exist_ok=True)
-        path = f"pictures/{cell['variant']}-{cell['seed']}.png"
+        path = f"pictures/{file_name(str(cell['variant']), str(cell['seed']))}.png"
         save_grid(folder / path, torch.cat(grids), columns=SHOWN)
         return {"by_style": by_style, "picture": path}
 

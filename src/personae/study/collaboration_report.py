@@ -33,7 +33,7 @@ def answer(
             numbers["agreement"] = [row["agreement"] for row in grouped]
             findings.append(
                 f"Groups agree with styles by an adjusted Rand index of {min(numbers['agreement']):.2f} or more, over "
-                f"{len(grouped)} seeds."
+                f"{len(grouped)} seeds; clients with a mixture of styles are not counted."
             )
             numbers["mixtures"] = _mixtures(grouped)
             findings += [_where(style, found) for style, found in numbers["mixtures"].items()]
@@ -139,6 +139,8 @@ def _against(
     by_seed = {name: {row["seed"]: row for row in drawn[name]} for name in (ours, *rivals)}
     losses = {name: {row["seed"]: fmean(row["losses"].values()) for row in rows[name]} for name in (ours, *rivals)}
     seeds = [seed for seed in by_seed[ours] if all(seed in by_seed[name] and seed in losses[name] for name in rivals)]
+    if not seeds:
+        return [], {}
 
     def figures(name: str, what: str, among: Sequence[str]) -> list[float]:
         return [fmean(by_seed[name][seed]["by_style"][style][what] for style in among) for seed in seeds]
@@ -153,20 +155,13 @@ def _against(
         compared[key] = {"rival": rival, "ratio": ratio, "difference": vars(apart)}
     rival = compared["mean"]["rival"]
     loss = paired([losses[ours][seed] for seed in seeds], [losses[rival][seed] for seed in seeds])
-    gained = [
-        (a - b) / (real - b)
-        for a, b, real in zip(
-            figures(ours, "alignment", styles),
-            figures(rival, "alignment", styles),
-            figures(ours, "alignment_real", styles),
-            strict=True,
-        )
-    ]
-    alignment = interval(gained)
+    alignments = (figures(who, what, styles) for who, what in ((ours, "alignment"), (rival, "alignment")))
+    alignment = paired(*alignments)
+    room = fmean(figures(ours, "alignment_real", styles)) - fmean(figures(rival, "alignment", styles))
     told = [f"{len(seeds)} seeds. " + " ".join(_compared(key, ours, found) for key, found in compared.items())]
     told.append(
-        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Of the way from {rival} to real "
-        f"pictures in alignment (LSA-1): {_said(alignment, 2)}. {PAPERS}"
+        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Alignment (LSA-1), {ours} minus "
+        f"{rival}: {_said(alignment, 4)}; real pictures minus {rival}: {room:+.4f}. {PAPERS}"
     )
     return told, {"compared": compared, "loss": vars(loss), "alignment": vars(alignment)}
 

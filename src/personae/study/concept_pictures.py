@@ -53,7 +53,7 @@ from personae.study.concept_scenes import (
     world_of,
 )
 from personae.study.learning import Learner, Learning
-from personae.study.study import Answer, Cell, Row, where
+from personae.study.study import Answer, Cell, Row, file_name, where
 
 JUDGES = {"pooled8": pooled, "statistics": statistics, "lite0": lite0}
 """Feature maps for pictures of anything, by name; lite0 where its weights are installed."""
@@ -159,7 +159,7 @@ class ConceptPictures:
         else:
             plans = self.arrangements(list(ready.world.known), STAGES[str(cell["stage"])], ready.seed)
             figures, sheet, columns = self._together(ready, plans)
-        path = f"pictures/{cell['stage']}-{str(cell['learner']).replace(' ', '-')}-{cell['seed']}.png"
+        path = f"pictures/{file_name(*(str(cell[key]) for key in ('stage', 'learner', 'seed')))}.png"
         (folder / "pictures").mkdir(exist_ok=True)
         save_grid(folder / path, sheet, columns)
         return {**figures, "picture": path}

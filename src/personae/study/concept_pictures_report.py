@@ -16,7 +16,7 @@ from personae.evaluate.charts import COLOURS, chart
 from personae.evaluate.matrix_chart import SCALE
 from personae.study.concept_scenes import PLAIN, STRICT
 from personae.study.stats import Interval, interval, paired
-from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, file_name, where
+from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, file_name, joined, where
 
 UNTAUGHT = "untaught"
 
@@ -59,13 +59,7 @@ def answer(found: Sequence[Row], learners: Sequence[str]) -> Answer:
     names = [UNTAUGHT, *learners]
     parts = [_judges(judged[0]), _alone(found, names)]
     parts += [_together(found, names, stage) for stage in WORDS]
-    return Answer(
-        [finding for part in parts for finding in part.findings],
-        {key: value for part in parts for key, value in part.numbers.items()},
-        [table for part in parts for table in part.tables],
-        [drawn for part in parts for drawn in part.charts],
-        [picture for part in parts for picture in part.pictures],
-    )
+    return joined(parts)
 
 
 def _judges(row: Row) -> Answer:
@@ -159,18 +153,21 @@ def _alone(found: Sequence[Row], names: Sequence[str]) -> Answer:
 
 def _told_alone(name: str, own: Mapping[str, Any], count: int) -> str:
     strict, drawn, real = own[STRICT], own["drawn"], own["real"]
+    judged = own if strict["ratio"] is None else strict
     told = (
         f"{name}, alone: {drawn:.0%} of drawn pictures are taken for their own among {count} concepts, {real:.0%} of "
     )
     told += f"real ones (chance {1 / count:.0%})"
     if own["ratio"] is not None:
         told += f": {own['ratio']:.2f} x as many"
-        if name != UNTAUGHT:
-            told += f", {HOPED['alone']:g} was hoped for: {'reached' if own['ratio'] >= HOPED['alone'] else 'missed'}"
     if strict["drawn"] is not None:
         told += (
             f". With the nouns' pictures among the candidates {strict['drawn']:.0%}, of real ones {strict['real']:.0%}"
         )
+        if strict["ratio"] is not None:
+            told += f": {strict['ratio']:.2f} x as many"
+    if judged["ratio"] is not None and name != UNTAUGHT:
+        told += f". {HOPED['alone']:g} x was hoped for: {'reached' if judged['ratio'] >= HOPED['alone'] else 'missed'}"
     return told + "."
 
 

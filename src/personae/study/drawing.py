@@ -150,7 +150,8 @@ class Drawing:
                         part = told["drawn"] / told["real"] if told["real"] else None
                         rows.append([key, told["drawn"], best, told["real"], chance, part])
                         findings.append(
-                            f"{key}: {told['drawn']:.0%} of drawn pictures, {told['real']:.0%} of real ones."
+                            f"{key}: {told['drawn']:.0%} of drawn pictures, {told['real']:.0%} of real ones"
+                            + (f", {chance:.1%} by chance." if chance is not None else ".")
                         )
                 if row.get("lacking"):
                     findings.append(f"Names were not looked for: install {', '.join(row['lacking'])}.")

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from sklearn.linear_model import RidgeCV
 
 from personae.evaluate.charts import COLOURS, chart
-from personae.study.stats import interval, paired
-from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, where
+from personae.study.stats import difference, interval
+from personae.study.study import Answer, Chart, Entry, Picture, Row, Table, joined, where
 
 
 def embeddings_answer(found: Sequence[Row], starts: Sequence[str], steps: Sequence[int], num_drawn: int) -> Answer:
@@ -26,14 +26,7 @@ def embeddings_answer(found: Sequence[Row], starts: Sequence[str], steps: Sequen
         _start_answer(where(found, stage="start"), starts, steps),
         _walk_answer(where(found, stage="walk"), num_drawn),
     ]
-    known = [part for part in parts if part is not None]
-    return Answer(
-        [finding for part in known for finding in part.findings],
-        {key: value for part in known for key, value in part.numbers.items()},
-        [table for part in known for table in part.tables],
-        [drawn for part in known for drawn in part.charts],
-        [picture for part in known for picture in part.pictures],
-    )
+    return joined([part for part in parts if part is not None])
 
 
 @dataclass(frozen=True)
@@ -75,15 +68,17 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     by_seed = {seed: people for seed, people in by_seed.items() if len(people) >= 4}
     if not by_seed:
         return None
-    told: list[ReadBack] = []
+    by_client: dict[tuple[int, int], ReadBack] = {}
     explained = []
-    for people in by_seed.values():
+    for seed, people in by_seed.items():
         vectors, shares = (np.array([client[key] for client in people]) for key in ("vector", "shares"))
         results, share = read_back(vectors, shares, [client["distance"] for client in people])
-        told += results
+        by_client |= {(seed, number): one for number, one in enumerate(results)}
         explained.append(share)
+    told = list(by_client.values())
     read, guess, drawn = (fmean(getattr(one, key) for one in told) for key in ("read", "guessed", "drawn"))
-    gain = paired([one.read for one in told], [one.guessed for one in told])
+    gain = difference({at: one.read - one.guessed for at, one in by_client.items()})
+    apart = gain.pooled
     entries: list[list[Entry]] = [
         ["the linear map, fitted on clients without a common image", read],
         ["the mean mix of those clients", guess],
@@ -92,7 +87,8 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     note = f"{len(told)} made-up clients of {len(by_seed)} seeds, each half asked about by the other. 0 is equal."
     finding = (
         f"A client's mix of classes read from its embedding by a linear map fitted on other clients: total variation "
-        f"{read:.3f}, against {guess:.3f} for guessing the mean mix ({gain.low:+.3f} to {gain.high:+.3f}); "
+        f"{read:.3f}, against {guess:.3f} for guessing the mean mix, {apart.mean:+.3f} ({apart.low:+.3f} to "
+        f"{apart.high:+.3f}){gain.reservation}; "
         f"{100 * fmean(explained):.0f} % of the variance between clients explained."
     )
 
@@ -110,7 +106,7 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     numbers = {"read": read, "guessed": guess, "drawn": drawn, "explained": fmean(explained), "clients": len(told)}
     return Answer(
         [finding],
-        {"reading": {**numbers, "gain_low": gain.low, "gain_high": gain.high}},
+        {"reading": {**numbers, "gain_low": apart.low, "gain_high": apart.high}},
         [Table("How far from a client's mix of classes", ("source", "total variation"), entries, note)],
         [
             Chart(
@@ -198,13 +194,15 @@ def _start_answer(rows: Sequence[Row], starts: Sequence[str], steps: Sequence[in
             base = values(starts[0], number, "loss")
             both = [at for at in loss if at in base]
             if start != starts[0] and len(both) > 1:
-                gain = paired([loss[at] for at in both], [base[at] for at in both])
-                numbers.append({"start": start, "steps": number, **vars(gain)})
+                apart = difference({at: loss[at] - base[at] for at in both})
+                gain = apart.pooled
+                numbers.append({"start": start, "steps": number, **vars(gain), "over_seeds": vars(apart.over_seeds)})
                 if gain.excludes(0):
                     way = "lower" if gain.mean < 0 else "higher"
                     findings.append(
                         f"Starting from the {start} instead of the population's vector, the held-out loss after "
-                        f"{number} steps is {abs(gain.mean):.3g} {way} ({gain.low:+.3g} to {gain.high:+.3g})."
+                        f"{number} steps is {abs(gain.mean):.3g} {way} ({gain.low:+.3g} to {gain.high:+.3g})"
+                        f"{apart.reservation}."
                     )
 
     def draw(axes: Axes) -> None:

@@ -70,7 +70,7 @@ class Verdict:
         return self.style >= (1 - STYLE) * self.at_home
 
     def told(self, better: bool) -> list[str]:
-        """Measures in which the split is better, or worse, than chance would have it."""
+        """Measures in which the split is told to be better, or worse, than all at home."""
         apart = [m for m in MEASURES if m.key in self.differences and self.differences[m.key].excludes(0)]
         return [m.title for m in apart if ((self.differences[m.key].mean > 0) == m.more) == better]
 
@@ -164,7 +164,8 @@ def _sentence(verdict: Verdict) -> str:
     return (
         f"Server's share {verdict.share:.0%}: {'accepted' if verdict.accepted else 'not accepted'}. The client makes "
         f"{verdict.fewer:.1%} fewer calls. The style is told from {_share(verdict.leak)} of hand-offs, chance is "
-        f"{verdict.chance:.1%} ({judged(verdict.hides)}, as nothing that the server draws with depends on the client). "
+        f"{verdict.chance:.1%} ({judged(verdict.hides)}: nothing that the server draws with should depend on the "
+        "client). "
         f"It is found in {verdict.style:.1%} of finished pictures, in "
         f"{verdict.at_home:.1%} all at home ({judged(verdict.keeps_style)}). Against all at home, {quality}{gained}. "
         f"Packets hold {verdict.rest_bytes} bytes beside latents and history "

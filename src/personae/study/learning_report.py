@@ -36,7 +36,8 @@ NOTE = (
     "Gains are in held-out loss, below the untaught model's. Average: over all concepts after the last one. Learning: "
     "of each concept when it was new. Forgetting: how far below its best before the last concept an earlier one ends, "
     "mean over all but the last. Backward: that against when it was new. Drift: mean squared change of predictions "
-    "about other things. Bytes: all that is kept."
+    "about other things. Bytes: all that is kept. Each learner is at the rate that gave the highest average gain in "
+    "the first order with the first seed, so that run is a little high for all, the more so the more rates were tried."
 )
 
 
@@ -88,7 +89,7 @@ def _told(
 ) -> tuple[list[str], dict[str, Any]]:
     """Sentences, and each learner's differences to the first, paired by order and seed."""
     lost = interval([one["forgetting"] for one in figures[first]])
-    told = [f"{first} loses {_said(lost)} of an earlier concept's best gain, over {lost.num} runs."]
+    told = [f"{first} loses {_said(lost)} of held-out gain on an earlier concept, over {lost.num} runs."]
     compared: dict[str, Any] = {}
     by_run = {name: {(one["order"], one["seed"]): one for one in own} for name, own in figures.items()}
     for name in list(figures)[1:]:
@@ -102,19 +103,26 @@ def _told(
         }
         ratios = {what: _ratio(ours, theirs, what) for what in ("learning", "forgetting")}
         compared[name] = {"differences": differences, "ratios": ratios}
+        parts = [f"{verb} {ratios[what]:.2f} x as much" for what, verb in VERBS.items() if ratios[what] is not None]
         told.append(
-            f"{name}: forgets {ratios['forgetting']:.2f} x as much as {first}, learns {ratios['learning']:.2f} x as "
-            f"much; average gain {_said(Interval(**differences['average']))} above."
+            f"{name} against {first}: {', '.join([*parts, ''])}average gain "
+            f"{_said(Interval(**differences['average']), '+')}."
         )
     return told, compared
 
 
-def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], what: str) -> float:
-    return fmean(one[what] for one in ours) / fmean(one[what] for one in theirs)
+VERBS = {"forgetting": "forgets", "learning": "learns"}
 
 
-def _said(found: Interval) -> str:
-    return f"{found.mean:.4f}" + (f" ({found.low:.4f} to {found.high:.4f})" if found.num > 1 else "")
+def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], what: str) -> float | None:
+    """None, where theirs is nothing that could be a multiple of."""
+    base = fmean(one[what] for one in theirs)
+    return fmean(one[what] for one in ours) / base if base > 0 else None
+
+
+def _said(found: Interval, sign: str = "") -> str:
+    low_to_high = f" ({found.low:{sign}.4f} to {found.high:{sign}.4f})" if found.num > 1 else ""
+    return f"{found.mean:{sign}.4f}{low_to_high}"
 
 
 def _table(

@@ -84,6 +84,11 @@ class MixtureFederation:
             raise ConfigError("there must be seeds, images, rates and steps")
         if self.num_components > self.width:
             raise ConfigError(f"{self.num_components} orthogonal means need as many dimensions, width is {self.width}")
+        if (farthest := max(self.rates) * max(self.steps)) < self.least_travel:
+            raise ConfigError(
+                f"rates and steps go as far as {farthest:g}, below least_travel {self.least_travel:g}: no point of the "
+                "grid would count; raise them"
+            )
 
     @property
     def train(self) -> list[str]:

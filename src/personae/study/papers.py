@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from personae.study.report import markdown_rows
+from personae.study.stats import paired
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -167,23 +168,24 @@ def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
     """Ours minus every rival that pools no data, all new clients together."""
 
     def judge(numbers: Numbers) -> Judged:
-        paired = [p for p in numbers.get("paired", ()) if p["kind"] == "all" and p["figure"] == figure]
-        paired = [p for p in paired if p["rival"] != REFERENCE]
-        if not paired:
+        pairs = [p for p in numbers.get("paired", ()) if p["kind"] == "all" and p["figure"] == figure]
+        pairs = [p for p in pairs if p["rival"] != REFERENCE]
+        if not pairs:
             return Judged("", "not measured", "the final stage was not measured yet")
-        won = [p for p in paired if p["high"] < 0]
-        lost = [p for p in paired if p["low"] > 0]
+        won = [p for p in pairs if p["high"] < 0]
+        lost = [p for p in pairs if p["low"] > 0]
         told = "; ".join(
             f"{p['rival']}, {p['images'] or 'all'} images: {p['mean']:+.3g} [{p['low']:+.3g}, {p['high']:+.3g}]"
-            for p in paired
+            for p in pairs
         )
-        verdict: Verdict = "agrees" if len(won) == len(paired) else "partly" if len(won) > len(lost) else "disagrees"
+        solid = [p for p in won if p["over_seeds"]["high"] is not None and p["over_seeds"]["high"] < 0]
+        verdict: Verdict = "agrees" if len(solid) == len(pairs) else "partly" if len(won) > len(lost) else "disagrees"
         if verdict == "agrees" and numbers.get("diverged"):
             verdict = "partly"
         alone = [p["over_seeds"] for p in (*won, *lost) if p["over_seeds"]["low"] is not None]  # none of a single seed
         held = sum(found["low"] > 0 or found["high"] < 0 for found in alone)
         why = (
-            f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(paired)} cases; "
+            f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(pairs)} cases; "
             f"in {held} of these also over the seeds' means alone"
         )
         return Judged(told, verdict, why)
@@ -228,7 +230,10 @@ def has_to_be_trained_with(numbers: Numbers) -> Judged:
 
 
 def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numbers], Judged]:
-    """By the average gain after the last concept, the best of ours against each of the rivals; of one run, partly."""
+    """By the average gain after the last concept, the best of ours against each of the rivals, run by run.
+
+    Agrees where the 95 % interval of every difference is above 0, for which it takes several runs.
+    """
 
     def judge(numbers: Numbers) -> Judged:
         figures = numbers.get("figures", {})
@@ -236,14 +241,24 @@ def ends_above(ours: tuple[str, ...], rivals: tuple[str, ...]) -> Callable[[Numb
             return Judged("", "not measured", "the study has not come far enough")
         gains = {name: fmean(run["average"] for run in figures[name]) for name in (*ours, *rivals)}
         best = max(ours, key=lambda name: gains[name])
+        by_run = {
+            name: {(run["order"], run["seed"]): run["average"] for run in figures[name]} for name in (best, *rivals)
+        }
+        shared = {name: [at for at in by_run[best] if at in by_run[name]] for name in rivals}
+        apart = {
+            name: paired([by_run[best][at] for at in both], [by_run[name][at] for at in both])
+            for name, both in shared.items()
+            if both
+        }
         runs = len(figures[best])
         below = [name for name in rivals if gains[name] < gains[best]]
+        clear = [name for name, found in apart.items() if found.low > 0]
         told = ", ".join(f"{name} {gains[name]:.3f}" for name in (best, *rivals))
         return Judged(
             f"average gain in the end: {told}",
-            "agrees" if len(below) == len(rivals) and runs > 1 else "partly" if below else "disagrees",
-            f"above {len(below)} of {len(rivals)}; runs of each: {runs}"
-            + "; one run says nothing of chance" * (runs == 1),
+            "agrees" if len(clear) == len(rivals) else "partly" if below else "disagrees",
+            f"above {len(below)} of {len(rivals)}, by more than chance {len(clear)}; runs of each: {runs}, at the best "
+            f"of its rates{'; one run says nothing of chance' if runs == 1 else ''}",
         )
 
     return judge

@@ -232,7 +232,8 @@ class Parts:
                 findings.append(
                     f"{subject.name}: recognised in {base['found']:.0%} of what the model alone draws, in "
                     f"{winner['found']:.0%} with {winner['name']} ({winner['bytes']:,.0f} bytes, drift "
-                    f"{winner['drift']:.2f}); real pictures: {winner['found_real']:.0%}."
+                    f"{winner['drift']:.2f}), the most of {len(rows) - 1} parts; real pictures: "
+                    f"{winner['found_real']:.0%}, chance: {1 / _num_candidates(subject):.0%}."
                 )
                 if "margin" in base:
                     likest = max(rows[1:], key=lambda row: row["margin"])
@@ -243,9 +244,9 @@ class Parts:
                     )
                 nearest = min(rows[1:], key=lambda row: row["loss"])
                 findings.append(
-                    f"{subject.name}: the loss on pictures held out falls from {base['loss']:.2f} to "
+                    f"{subject.name}: the loss on pictures held out goes from {base['loss']:.2f} to "
                     f"{nearest['loss']:.2f} with {nearest['name']} ({nearest['bytes']:,.0f} bytes, drift "
-                    f"{nearest['drift']:.2f})."
+                    f"{nearest['drift']:.2f}); by it the rates were chosen."
                 )
         return Answer(findings, {"rows": numbers}, tables, charts, pictures)
 
@@ -334,6 +335,7 @@ COLUMNS = {
     "found": "recognised",
     "found_real": "real pictures",
     "named": "named",
+    "named_real": "real pictures: named",
     "margin": "likeness, less others'",
     "margin_real": "that of real pictures",
     "drift": "drift",
@@ -351,10 +353,15 @@ def _mean(rows: Sequence[Row], name: str) -> dict[str, Any]:
     return {"name": name, **{key: fmean(row[key] for row in rows) for key in keys}} if rows else {}
 
 
+def _num_candidates(subject: Subject) -> int:
+    """Among how many a picture is recognised."""
+    return len(STYLES) if subject.kind == "style" else OTHER_PERSONS + 1
+
+
 def _table(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     entries: list[list[Entry]] = [[row["name"], *(row.get(key) for key in keys)] for row in rows]
-    what = "five styles" if subject.kind == "style" else f"{OTHER_PERSONS + 1} persons"
+    what = f"{_num_candidates(subject)} {'styles' if subject.kind == 'style' else 'persons'}"
     note = (
         f"Recognised: share of drawn pictures that a probe takes for the subject among {what}. Drift: how far pictures "
         "of other things moved, 1 being the distance between two of them. Bytes of the part alone, in float32; seconds "

@@ -32,13 +32,13 @@ from personae.data.tasks import Period, TaskStream, word_at
 from personae.engine.in_process import InProcess
 from personae.engine.task_population import TaskPopulation
 from personae.errors import ConfigError
-from personae.evaluate.loss import denoising_loss
 from personae.evaluate.over_tasks import scores_over_tasks
 from personae.methods import METHODS
 from personae.recipe.config import change, check_fields, nearest, plain, read_table
 from personae.sequence.concepts import given, read_concept
 from personae.sequence.config import CONSOLIDATION, METHOD, Concept, SequenceRecipe, parse_sequence
 from personae.sequence.model import model_for
+from personae.sequence.scores import loss_of
 from personae.study.streams_report import answer
 from personae.study.study import Answer, Cell, Row
 
@@ -243,7 +243,7 @@ def _known(
         by_noun = [_by_noun(period, continual) for period in own.periods]
         after = [moment for moment in moments if moment.round in own.last_rounds]
         model.load(start)
-        found["untaught"][name] = untaught = [_loss(model, each, recipe) for each in by_noun]
+        found["untaught"][name] = untaught = [loss_of(model, recipe, each) for each in by_noun]
         found["gains"][name] = _gains(model, [moment.own(name) for moment in after], heldout, untaught, recipe)
         if moments[-1].released:
             released = [{**start, **moment.released} for moment in after]
@@ -280,7 +280,7 @@ def _of_the_seen(
         released = [{**start, **moment.released} for moment in moments if moment.released]
         for params in (start, *released, *(moments[-1].own(name) for name in people.train)):
             model.load(params)
-            losses.append(_loss(model, images, recipe))
+            losses.append(loss_of(model, recipe, images))
         changes = [loss - losses[0] for loss in losses[1:]]
         own = dict(zip(people.train, changes[len(released) :], strict=True))
         found[kind] = {"untaught": losses[0], "released": changes[: len(released)] or None, "own": own}
@@ -289,8 +289,3 @@ def _of_the_seen(
 
 def _untaught(people: TaskPopulation) -> Arrays:
     return people.model.initial(stream(0, "untaught"))
-
-
-def _loss(model: Any, images: Images, recipe: SequenceRecipe) -> float:
-    scoring = recipe.scoring
-    return denoising_loss(model, images, grid=scoring.loss_grid, draws=scoring.loss_draws, seed=recipe.seed)

@@ -128,23 +128,23 @@ def _released(rows: Sequence[Row], kind: str) -> list[float]:
 def _federation(rows: Mapping[tuple[str, str], Sequence[Row]]) -> dict[str, dict[str, Any]]:
     """Pairs against the same continual method of clients that send nothing."""
     return {
-        _name(pair): _differences(own, rows[ALONE, pair[1]])
+        _name(pair): differences
         for pair, own in rows.items()
-        if pair[0] != ALONE and (ALONE, pair[1]) in rows
+        if pair[0] != ALONE and (differences := _differences(own, rows.get((ALONE, pair[1]), ())))
     }
 
 
 def _protection(rows: Mapping[tuple[str, str], Sequence[Row]]) -> dict[str, dict[str, Any]]:
     """Pairs against the same federated method without protection."""
     return {
-        _name(pair): _differences(own, rows[pair[0], UNPROTECTED])
+        _name(pair): differences
         for pair, own in rows.items()
-        if pair[1] != UNPROTECTED and (pair[0], UNPROTECTED) in rows
+        if pair[1] != UNPROTECTED and (differences := _differences(own, rows.get((pair[0], UNPROTECTED), ())))
     }
 
 
 def _differences(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, Any]:
-    """Paired by seed and client."""
+    """Paired by seed and client; empty where nothing is shared."""
     a, b = _of_clients(ours), _of_clients(theirs)
     both = [key for key in a if key in b]
     return {
@@ -183,17 +183,15 @@ def _best(figures: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
 
 def _compared(name: str, other: str, differences: Mapping[str, Any]) -> str:
     average, lost = (Interval(**differences[what]) for what in ("average", "forgetting"))
-    if average.num > 1 and average.excludes(0.0):
-        verdict = "better than" if average.mean > 0 else "worse than"
-    else:
-        verdict = "not to be told from"
+    told = "better than" if average.mean > 0 else "worse than"
+    verdict = told if average.excludes(0.0) else "not to be told from"
     return f"{name}: {verdict} {other} in average gain, {_said(average)}; forgetting {_said(lost)}."
 
 
 def _said(found: Interval) -> str:
     if found.num == 1:
-        return f"{found.mean:+.4f} for one client"
-    return f"{found.mean:+.4f} (95 %: {found.low:+.4f} to {found.high:+.4f}, {found.num} clients)"
+        return f"{found.mean:+.4f}, of one client's run"
+    return f"{found.mean:+.4f} (95 %: {found.low:+.4f} to {found.high:+.4f}, {found.num} runs of a client)"
 
 
 def _shared(

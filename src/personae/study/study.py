@@ -60,6 +60,17 @@ class Answer:
     pictures: Sequence[Picture] = ()
 
 
+def joined(parts: Sequence[Answer]) -> Answer:
+    """One answer of several, in their order."""
+    return Answer(
+        [finding for part in parts for finding in part.findings],
+        {key: value for part in parts for key, value in part.numbers.items()},
+        [table for part in parts for table in part.tables],
+        [drawn for part in parts for drawn in part.charts],
+        [picture for part in parts for picture in part.pictures],
+    )
+
+
 class Study(Protocol):
     """A frozen dataclass whose fields are the keys of a recipe's [settings] table."""
 
