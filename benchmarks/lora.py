@@ -5,7 +5,8 @@
 Adapters of rank 4 on every attention layer of the U-Net, 12 pictures with captions, AdamW. Two loops stand beside ours:
 one that puts pictures and captions through their encoders in every step, as diffusers' training scripts do, and one to
 which latents and the captions' vectors are given. All begin with an adapter that adds nothing, and take turns in one
-process, each being first as often as last. Medians over repeats are written with the versions. About 4 CPU-minutes.
+process, in an order that is turned round from one repeat to the next. Medians over repeats are written with the
+versions. About 4 CPU-minutes.
 """
 
 from __future__ import annotations

@@ -19,14 +19,15 @@ from personae.recipe.config import read_table
 from personae.study import papers
 from personae.study.config import parse_study
 from personae.study.report import markdown
+from personae.study.study import Answer
 from personae.study.workflow import SavedStudy, open_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "studies"
 
 
-def page(saved: SavedStudy, recipe: str, name: str) -> str:
-    answer, summary = saved.answer, saved.summary
+def page(saved: SavedStudy, answer: Answer, recipe: str, name: str) -> str:
+    summary = saved.summary
     lines = [f"# {saved.recipe.title or name}", ""]
     lines += [
         f"`personae run {recipe}`, {summary['measured']} of {summary['cells']} cells, "
@@ -50,15 +51,16 @@ def record(folder: Path, recipe: str) -> None:
     if (saved.study, saved.recipe.seed) != (study, plan.seed):
         raise SystemExit(f"{folder} was not made with the settings and seed of recipe {recipe}; nothing was written")
     saved.report()
+    answer = saved.answer
     name = recipe.replace("/", "-")
     write_json(papers.result_path(recipe), saved.summary)
     shutil.rmtree(PAGES / name, ignore_errors=True)  # of a former recording, other charts may have been there
     (PAGES / name).mkdir(parents=True)
-    for chart in saved.answer.charts:
+    for chart in answer.charts:
         shutil.copy(folder / "charts" / f"{chart.name}.svg", PAGES / name)
-    for picture in saved.answer.pictures:
+    for picture in answer.pictures:
         shutil.copy(folder / picture.path, PAGES / name)
-    write_bytes(PAGES / f"{name}.md", page(saved, recipe, name).encode())
+    write_bytes(PAGES / f"{name}.md", page(saved, answer, recipe, name).encode())
     claims = ROOT / "docs" / "papers.md"
     text = claims.read_text("utf-8")
     told = f"<!-- claims -->\n{papers.markdown(papers.table())}\n<!-- end of claims -->"

@@ -24,7 +24,8 @@ from personae.study.study import Answer, Cell, Row, where
 
 @dataclass(frozen=True)
 class Rival:
-    """One method: a run's recipe, what is changed of it, and the learning rates that a new client tries."""
+    """One method: a run's recipe, what is changed of it, and the learning rates that a new client tries; on a map,
+    one for each number of images."""
 
     name: str
     recipe: str

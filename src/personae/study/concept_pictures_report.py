@@ -37,7 +37,8 @@ SCENES = (
 NOTE_ALONE = (
     "A picture is taken for the concept whose real pictures in other styles than the one asked for it is most like; "
     "real pictures and what the autoencoder makes of them are judged alike. Among nouns too: the nouns' real pictures "
-    "are candidates. Intervals are over prompts of concepts. The untaught model draws the nouns."
+    "are candidates. Intervals are over prompts of concepts and seeds, as if the prompts of one concept, which share "
+    "its word and model, were independent. The untaught model draws the nouns."
 )
 NOTE_SCENES = (
     "Every concept's place alone is judged, as a picture is. Other order: all of them are there, but not each at its "

@@ -125,11 +125,14 @@ def bend(shares: np.ndarray) -> float:
     return float(np.abs(shares[1:-1] - between).sum(1).mean() / 2) if len(between) else 0.0
 
 
-def counting_bend(shares: np.ndarray, num_drawn: int, repeats: int = 200) -> float:
+REPEATS = 200
+
+
+def counting_bend(shares: np.ndarray, num_drawn: int) -> float:
     """What `bend` finds on a walk that is straight, as each of its points is counted from `num_drawn` samples only."""
     draw, mixes = np.random.default_rng(0), _straight(shares)
     return fmean(
-        bend(np.stack([draw.multinomial(num_drawn, mix) for mix in mixes]) / num_drawn) for _ in range(repeats)
+        bend(np.stack([draw.multinomial(num_drawn, mix) for mix in mixes]) / num_drawn) for _ in range(REPEATS)
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from personae.aggregate.membership import groups_in
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import load_state, save_state
 from personae.backbone.shipped import model_folder
@@ -108,7 +109,7 @@ class Leakage:
             return self._shadow(sides, str(cell["style"]), seed, _shadows(folder, cell, str(cell["style"])))
         if cell["stage"] == "prompts":
             return self._prompts(sides, str(cell["sent"]), float(cell["noise"]), seed)
-        known = self._known(sides, {style: _shadows(folder, cell, style) for style in sides.styles}, seed)
+        known = self._known(sides, {style: _shadows(folder, cell, style) for style in sides.styles})
         if cell["stage"] == "styles":
             return self._styles(sides, known, seed)
         return self._noise(sides, known, float(cell["noise"]), seed)
@@ -178,7 +179,7 @@ class Leakage:
             figures |= _own_words(sides, [client for client, _ in texts], own, guesses, inverter.num_known)
         return figures
 
-    def _known(self, sides: Sides, shadows: Mapping[str, Path], seed: int) -> dict[str, list[Tensor]]:
+    def _known(self, sides: Sides, shadows: Mapping[str, Path]) -> dict[str, list[Tensor]]:
         """What each attacker compares with: of every style some descriptors, in the order of styles."""
         from personae.attack.styles import word_descriptors
 
@@ -321,7 +322,7 @@ def _sides(folder: Path) -> Sides:
         styles,
         names,
         torch.stack([server.extras[f"{SEEN}.{name}"] for name in names]),
-        {name: int(server.facts[f"cluster of {name}"]) for name in names},
+        {name: groups_in(server.facts)[name] for name in names},
         tuple(styles.index(style_of(name, data[name].train)) for name in names),
         {name: RunFolder(folder).last_kept(name).params for name in names},
         data,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from personae.aggregate.mean import mean
 from personae.backbone.mixture import MixtureDenoiser
 from personae.backbone.schedule import schedule
-from personae.core import Arrays, ClientData, Images, Job, Method, NoiseSchedule, Run, Select, Training, stream
+from personae.core import Arrays, ClientData, Images, Job, Method, Run, Select, Training, stream
 from personae.data.mixture import gaussian_mixture
 from personae.engine.in_process import InProcess
 from personae.engine.population import Population
@@ -131,7 +131,7 @@ def adapt(
     for step in range(1, max(stops) + 1):
         x_0, t, noise = _draws(images, rngs, how.batch_size)
         x_t = SCHEDULE.add_noise(x_0.flatten(0, 1), noise.flatten(0, 1), t.flatten()).view_as(x_0)
-        predicted = predict_noise(values["means"], values[EMBEDDING], x_t, t, SCHEDULE)
+        predicted = predict_noise(values["means"], values[EMBEDDING], x_t, t)
         (predicted - noise).square().mean((1, 2)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -145,10 +145,9 @@ def predict_noise(
     logits: Float[Tensor, "R 1 K"],
     x_t: Float[Tensor, "R B D"],
     t: Tensor,
-    schedule: NoiseSchedule,
 ) -> Float[Tensor, "R B D"]:
-    """`MixtureDenoiser.forward` for R denoisers at once."""
-    alpha_bar = schedule.alpha_bar[t][:, :, None]
+    """`MixtureDenoiser.forward` for R denoisers at once, on SCHEDULE."""
+    alpha_bar = SCHEDULE.alpha_bar[t][:, :, None]
     bias = alpha_bar.sqrt() * (x_t @ means.mT) - alpha_bar * means.square().sum(2)[:, None] / 2
     expected = (logits + bias).softmax(2) @ means
     return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * expected)
