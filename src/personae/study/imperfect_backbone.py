@@ -44,8 +44,8 @@ class Federation:
 class ImperfectBackbone:
     """Two components with `scales` and `degrees` of error; federations of SPIRE, each trained for all of `rounds`.
 
-    `num_new` new clients learn their weights from each number of `images`, in `learning_steps` at `learning_rate` on the
-    frozen means.
+    `num_new` new clients learn their weights from each number of `images`, in `learning_steps` at `learning_rate` on
+    the frozen means.
     """
 
     seeds: tuple[int, ...]
