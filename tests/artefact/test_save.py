@@ -1,13 +1,25 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from personae.artefact import save
-from personae.artefact.save import digest, load_state, read_json, read_metadata, save_state, write_bytes, write_json
+from personae.artefact.save import (
+    digest,
+    json_text,
+    load_state,
+    read_json,
+    read_lines,
+    read_metadata,
+    save_state,
+    write_bytes,
+    write_json,
+)
+from personae.backbone.parts import written_whole
 from personae.core import State
 from personae.errors import ArtefactError
 from personae.testing.contract import differing_states
@@ -153,3 +165,22 @@ def test_a_digest_changes_with_name_shape_type_and_bit():
     others = [{"w": one}, {"v": one}, {"w": one.view(1, 2)}, {"w": one.double()}, {"w": torch.tensor([-0.0, 1.0])}, {}]
     assert len({digest(other) for other in others}) == len(others)
     assert digest({"a": one, "b": -one}) == digest({"b": -one, "a": one.clone()})
+
+
+def test_lines_may_hold_any_letter_and_a_cut_one_is_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    told = {"name": "x\u2028y\u0085z", "loss": 0.5}
+    path.write_text(json_text(told) + "\n" + json_text({"next": 1}) + '\n{"cut": ', "utf-8")
+    assert read_lines(path) == [told, {"next": 1}]
+    path.write_text('{"one": 1}\n[1, 2]\n', "utf-8")
+    with pytest.raises(ArtefactError, match=r"lines\.jsonl line 2 is '\[1, 2\]', expected an object"):
+        read_lines(path)
+
+
+def test_a_folder_called_here_is_written_whole(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with written_whole(Path(".")) as partial:
+        partial.mkdir()
+        (partial / "model").write_text("")
+    assert (tmp_path / "empty" / "model").is_file()

@@ -333,6 +333,28 @@ def test_captions_that_say_nothing_are_refused(model, pictures, tmp_path, method
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rounds=", "rounds: missing"),
+        ("method.training.steps=", r"method\.training\.steps: missing"),
+        ("data=5", "data: "),
+        ("method=x", "method: a table"),
+    ],
+)
+def test_what_is_left_out_of_a_personalization_is_named(model, pictures, change, message):
+    with pytest.raises(ConfigError, match=message):
+        personal_recipe(model, pictures, "lora", "dog", overrides=[change])
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not readable JSON"), ("{}", "has no block_out_channels")])
+def test_a_damaged_config_of_a_pipeline_is_named(model, pictures, tmp_path, text, message):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "unet" / "config.json").write_text(text)
+    with pytest.raises(ArtefactError, match=message):
+        personal_recipe(broken, pictures, "lora", "dog")
+
+
 def test_a_noun_that_the_model_does_not_know_as_one_word_is_refused(model, pictures, tmp_path):
     with pytest.raises(ConfigError, match=r"is to start from 'doghouse', its noun, which is \d tokens"):
         run(personal_recipe(model, pictures, "tokens", "doghouse"), tmp_path / "run")

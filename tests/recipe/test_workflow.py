@@ -236,6 +236,21 @@ def test_an_added_client_is_added_again_when_the_backbone_has_changed(tiny_run, 
     assert run.evaluate()["clients"]["anna"]["role"] == "new"
 
 
+def test_other_images_are_not_evaluated(tiny_run, copy_of):
+    folder = copy_of(tiny_run)
+    path = folder / "images.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "images": "0123456789abcdef"}), "utf-8")
+    with pytest.raises(ArtefactError, match=r"are not those that .* began with; put them back"):
+        personae.open_run(folder).evaluate()
+
+
+def test_what_is_not_finished_is_not_evaluated(tiny_run, copy_of):
+    folder = copy_of(tiny_run)
+    (folder / "cost.json").unlink()
+    with pytest.raises(ArtefactError, match="is not finished; finish it first: personae resume"):
+        personae.open_run(folder).evaluate()
+
+
 def test_a_resume_with_another_version_says_so_and_is_written_down(tiny_run, copy_of):
     folder = copy_of(tiny_run)
     (folder / "cost.json").unlink()

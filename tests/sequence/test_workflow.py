@@ -12,11 +12,12 @@ import torch
 
 from personae.artefact.save import load_state, write_bytes
 from personae.continual import CONTINUAL
-from personae.errors import ArtefactError, ConfigError, DataError
+from personae.core import Images, Task
+from personae.errors import ArtefactError, ConfigError, DataError, Diverged
 from personae.infer.regions import Region
 from personae.recipe.config import change as change_table
 from personae.recipe.schema import Data
-from personae.sequence import workflow
+from personae.sequence import concepts, workflow
 from personae.sequence.config import RATES, Concept, own_recipe, parse_sequence, sequence_toml
 from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
 from personae.testing.contract import differing_states
@@ -392,6 +393,78 @@ def test_what_is_refused_before_anything_was_taught_leaves_no_run(pipeline, smal
     assert run_sequence(recipe, tmp_path / "run").concepts == ["rex"]
 
 
+def test_a_lesson_that_was_taught_waits_for_nobody(begin, concept):
+    """A kill between an event's line and the removal of its lesson."""
+    run = begin()
+    run.learn(concept("rex"))
+    with pytest.raises(Stopped):
+        run.learn(concept("tom"), watch=stop)
+    left = (run.folder / "lesson.safetensors").read_bytes()
+    run.learn(concept("tom"))
+    (run.folder / "lesson.safetensors").write_bytes(left)
+    assert open_sequence(run.folder).finish().concepts == ["rex", "tom"]
+    open_sequence(run.folder).forget("rex")
+
+
+def test_a_stopped_lesson_is_not_lost_without_a_word(begin, concept, tmp_path, pictures):
+    run = begin()
+    run.learn(concept("rex"))
+    with pytest.raises(Stopped):
+        run.learn(concept("tom"), watch=stop)
+    with pytest.raises(ConfigError, match=r"the lesson on 'tom' was stopped, .* finish it first: personae resume"):
+        run.forget("rex")
+    with pytest.warns(UserWarning, match="the lesson on tom, which was stopped, is given up"):
+        run.learn(concept("pip"))
+    assert run.concepts == ["rex", "pip"] and open_sequence(run.folder).finish().concepts == ["rex", "pip"]
+
+
+def test_the_stopped_lesson_is_finished_before_the_recipes(begin, concept, small, pipeline, pictures, tmp_path):
+    table = tomllib.loads(sequence_toml(*own_recipe(str(pipeline), "sequential_lora", "run", (*small, RANK))))
+    listed = {"name": "rex", "noun": "dog", "data": {"source": "folder", "path": str(pictures / "rex")}}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(table | {"concepts": [listed]}))
+    with pytest.raises(Stopped):
+        run_sequence(tmp_path / "recipe.toml", tmp_path / "run", watch=stop)
+    with pytest.warns(UserWarning, match="on rex"), pytest.raises(Stopped):
+        open_sequence(tmp_path / "run").learn(concept("tom"), watch=stop)
+    assert open_sequence(tmp_path / "run").finish().concepts == ["tom", "rex"]
+
+
+def test_what_is_not_finite_is_not_kept(begin, concept):
+    run = begin("sequential_lora", "lesson.training.lr=1e30", "lesson.stretches=1", "lesson.training.steps=1")
+    with pytest.raises(Diverged, match=r"concept 'rex' is not finite in .*Lower lesson"):
+        run.learn(concept("rex"))
+    assert run.concepts == [] and not (run.folder / "lesson.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "caption", "expected"),
+    [
+        ("sequential_lora", "a <rex> dog on grass", "a <rex> on grass"),
+        ("sequential_lora", "a <rex> and a hot-dog", "a <rex> and a hot-dog"),
+        ("sequential_lora", "a Dog on grass", "a <rex> on grass"),
+        ("dreambooth", "a <rex> dog on grass", "a <rex> dog on grass"),
+        ("dreambooth", "a <REX> on grass", "a <rex> dog on grass"),
+        ("dreambooth", "a dog on grass", "a <rex> dog on grass"),
+    ],
+)
+def test_captions_of_ones_own_name_the_concept_as_the_method_does(caption, expected, method):
+    images = Images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), captions=(caption,))
+    task = Task("rex", "<rex>", "dog")
+    said = "<rex> dog" if method == "dreambooth" else "<rex>"
+    assert concepts._captions(images, task, said) == (expected,)
+
+
+def test_a_word_that_holds_its_noun_is_left_whole():
+    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), captions=("a <my-dog>", "a dog by <my-dog>"))
+    found = concepts._captions(images, Task("my-dog", "<my-dog>", "dog"), "<my-dog>")
+    assert found == ("a <my-dog>", "a <my-dog> by <my-dog>")
+
+
+def test_settings_of_one_run_are_not_the_next_ones(pipeline):
+    own_recipe(str(pipeline), "dsc", "run", ["continual.consolidation.steps=5"])
+    assert own_recipe(str(pipeline), "dsc", "run")[1].consolidation.steps == 100
+
+
 @pytest.mark.parametrize(
     ("prompt", "note"),
     [("a rex", "says rex, and not <rex>"), ("a < rex >", "says rex, and not <rex>"), ("a <rex> of a rex", None)],
@@ -415,6 +488,7 @@ def test_a_name_without_its_brackets_is_noted(begin, concept, prompt, note):
         ("sampling.guidance=nan", "sampling: guidance is nan, expected a finite number"),
         ("num_prompts=0", "- num_prompts is 0, expected at least 1"),
         ("machine.threads=0", "machine: threads is 0, expected at least 1"),
+        ('continual.name=["ewc"]', r"continual\.name: \['ewc'\] is unknown"),
         ("continual.name=textual_inversion", "continual.rank: unknown key; valid are none"),
     ],
 )
@@ -426,6 +500,11 @@ def test_recipes_that_cannot_be(pipeline, change, message):
 def test_sampler_steps_are_looked_at_before_a_lesson(begin):
     with pytest.raises(ConfigError, match="0 sampling steps were asked for"):
         begin("sequential_lora", "sampling.steps=0")
+
+
+def test_more_timesteps_than_there_are_is_said_before_a_lesson(begin):
+    with pytest.raises(ConfigError, match="loss_grid is 2000, draws 2; the model has 1000 timesteps"):
+        begin("sequential_lora", "scoring.loss_grid=2000")
 
 
 def test_a_damaged_recipe_is_not_taken_for_none(begin, concept):

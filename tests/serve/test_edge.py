@@ -186,6 +186,15 @@ def test_a_server_that_is_not_known_is_not_trusted(saved, listening, certificate
         sample_with(saved, "rex", "a <rex>", Server(url, TOKEN, certificate[0], other), 0.3)
     with pytest.raises(ServerRefused, match="cannot be reached"):
         sample_with(saved, "rex", "a <rex>", Server("https://127.0.0.1:1", TOKEN), 0.3)
+    with pytest.raises(ServerRefused, match="cannot be reached"):
+        sample_with(saved, "rex", "a <rex>", Server("https://my..server:8443", TOKEN), 0.3)
+
+
+def test_a_port_that_is_taken_is_named(saved, listening, command, tmp_path):
+    (tmp_path / "tokens").write_text(f"anna {TOKEN}\n")
+    port = listening[0].rsplit(":", 1)[1]
+    code, out, error = command("serve", saved.folder, "--tokens", tmp_path / "tokens", "--port", port)
+    assert (code, out) == (2, "") and f"nobody can listen at 127.0.0.1, port {port}: " in error
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,9 @@ def _run(path: Path) -> dict[str, Any]:
         return _study(path, config)
     if "continual" in config:
         return _taught(path, config)
-    rounds = 0
-    if (path / "rounds.jsonl").is_file():
-        rounds = len((path / "rounds.jsonl").read_text("utf-8").splitlines())
     return {
         "run": str(path),
-        "rounds_done": rounds,
+        "rounds_done": len(read_lines(path / "rounds.jsonl")),
         "complete": (path / "cost.json").is_file(),
         "evaluated": (path / "summary.json").is_file(),
         "clients": sorted(p.stem for p in (path / "clients").glob("*.safetensors")),
@@ -69,16 +66,19 @@ def _taught(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "method": config["continual"]["name"],
         "concepts": [e["concept"] for e in events if e["event"] == "learn" and e["concept"] not in gone],
         "forgotten": gone,
-        "waiting": [read_metadata(lesson)["concept"]] if lesson.is_file() else [],
+        "waiting": [name for name in _begun(lesson) if name not in {event["concept"] for event in events}],
         "bytes_kept": events[-1]["bytes"] if events else 0,
         "environment": read_json(path / "environment.json") if (path / "environment.json").is_file() else {},
     }
 
 
+def _begun(lesson: Path) -> list[str]:
+    return [read_metadata(lesson)["concept"]] if lesson.is_file() else []
+
+
 def _study(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    lines = path / "cells.jsonl"
     summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
-    measured = len(lines.read_text("utf-8").splitlines()) if lines.is_file() else 0
+    measured = len(read_lines(path / "cells.jsonl"))
     return {
         "study": str(path),
         "kind": config["study"],

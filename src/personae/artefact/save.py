@@ -98,7 +98,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     if path.is_file():
         with explained(path, "reading"):
-            lines = path.read_text("utf-8", "replace").splitlines()
+            lines = path.read_text("utf-8", "replace").split("\n")  # and not at U+2028, which JSON may hold
         for number, line in enumerate(lines, 1):
             with suppress(ValueError):
                 found.append(json.loads(line))

@@ -77,6 +77,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")
+    folder = folder.absolute()  # "." has no name
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

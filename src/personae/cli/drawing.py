@@ -50,6 +50,7 @@ def sample(
         "say --prompt, what to draw": (plain or taught) and prompt is None,
         "say --out, where to": plain and out is None,
         "leave out --client": (plain or taught) and client is not None,
+        "leave out --server, which begins what a run's client finishes": (plain or taught) and server is not None,
     }
     if any(wanted.values()):
         kind = "is a pipeline" if plain else "has learned concepts of one client"
@@ -146,7 +147,7 @@ def serve(
     run: RunArgument,
     tokens: Annotated[Path, typer.Option(help="A file of lines NAME TOKEN: who may ask.")],
     host: Annotated[str, typer.Option(help="Where to listen; others reach it with a certificate only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="And on which port.")] = 8443,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="And on which port.")] = 8443,
     certificate: Annotated[Path | None, typer.Option(help="For HTTPS, a PEM file.")] = None,
     certificate_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     signing_key: Annotated[

@@ -43,6 +43,8 @@ def learn(
                 f"{run} has its model and method, and they are not those of this command (see its config.toml); "
                 "leave out --model, --method and --set, or name another folder"
             )
+    elif (run / "config.toml").is_file():
+        raise ConfigError(f"{run} is a run of another kind, which is not taught; name another folder")
     elif model is None or method is None:
         raise ConfigError(f"{run} is new; say --model, such as tiny-t2i, and --method, such as ewc")
     else:

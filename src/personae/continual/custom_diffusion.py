@@ -55,7 +55,7 @@ class CustomDiffusion:
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"prior_images", "calibration_prompts"})
+        return frozenset({"calibration_prompts", *({"prior_images"} if self.prior_weight else ())})
 
     def said(self, task: Task) -> str:
         return f"{task.word} {task.noun}"

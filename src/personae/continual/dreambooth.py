@@ -27,7 +27,7 @@ class DreamBooth:
     The adapter trains on from concept to concept: the noun is protected, and no earlier concept is.
 
     Source: Ruiz et al. 2022, arXiv:2208.12242, section 3.2. Departures: an adapter in the place of all weights, as in
-    diffusers' script.
+    diffusers' script; a new word that is trained, too, in the place of a rare one that stays as it is.
     """
 
     rank: int = 16
@@ -41,7 +41,7 @@ class DreamBooth:
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"prior_images"})
+        return frozenset({"prior_images"} if self.prior_weight else ())
 
     def said(self, task: Task) -> str:
         return f"{task.word} {task.noun}"

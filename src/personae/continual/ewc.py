@@ -37,7 +37,9 @@ class Ewc:
 
     Source: Jha et al. 2025, arXiv:2410.00700, their "EWC DC" and "LoRA EWC"; Kirkpatrick et al. 2017, arXiv:1612.00796.
     Departures: the paper's weights, rates, rank and number of draws are not known here, so all are ours; so are the
-    scores' temperature, the scaling of each concept's importances to mean 1, and that the score is not trained on.
+    scores' temperature, the scaling of each concept's importances to mean 1, and that the score is not trained on. An
+    image's own caption stands for its concept among the candidates, whatever else it says of the image; the others are
+    said in the run's wording.
     """
 
     rank: int = 16
@@ -48,6 +50,12 @@ class Ewc:
     draws: int = 200
     candidates: int = 5
     word_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.candidates < 0:
+            raise ConfigError(
+                f"ewc: {self.draws} draws and {self.candidates} candidates, expected at least 1 and at least 0"
+            )
 
     @property
     def parts(self) -> Parts:

@@ -52,7 +52,8 @@ class MixOfShow:
     Source: Gu et al. 2023, arXiv:2305.18292; rank, layers in the U-Net and the ratio of rates are theirs. Departures:
     a closed form in the place of L-BFGS; one word, of as many vectors as the run has it, in the place of two with an
     embedding for each layer; no masks; the text encoder does not move; captions are read whole, padding and all, and
-    not at the word and the end alone; the mean, the ridge, guidance and `general_weight` are ours.
+    not at the word and the end alone; no penalty on where cross-attention looks, and no noise offset; the word starts
+    as its noun; the mean, the ridge, guidance and `general_weight` are ours.
     """
 
     rank: int = 4
@@ -61,6 +62,10 @@ class MixOfShow:
     general_weight: float = 1.0
     ridge: float = RIDGE
     word_rate: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.sampling_steps < 1:
+            raise ConfigError(f"mix_of_show: {self.sampling_steps} sampling_steps, expected at least 1")
 
     @property
     def parts(self) -> Parts:

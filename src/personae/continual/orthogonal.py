@@ -30,7 +30,9 @@ class Orthogonal:
     times B_n A_n joins the sum. So A_i A_j^T = 0, exactly, until the basis is used up: after in / R concepts.
 
     Source: Po et al. 2024, arXiv:2312.02432. Departures: rows are disjoint, where the paper draws them
-    independently, since here one knows those before; the paper's two tokens with an embedding per layer are one word.
+    independently, since here one knows those before, and a basis that is used up is refused, where one could begin a
+    second pass; the paper's two tokens with an embedding per layer are one word; rank, layers and the factor 1 on what
+    is summed are ours.
     """
 
     rank: int = 4

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from personae.artefact.save import explained
+from personae.artefact.save import read_json
 from personae.backbone.shipped import model_folder
 from personae.errors import ArtefactError, ConfigError
 from personae.recipe.config import change, parse
@@ -84,6 +84,8 @@ def personal_recipe(
     }
     for override in overrides:
         change(table, override)
+    where = f"the personalization of {model}"
+    _checked(table, where)
     if (table["data"].get("source"), table["data"].get("name")) != ("folder", name) or "partition" in table["data"]:
         raise ConfigError(
             "a personalization is of one client and its folder; leave out data.source, name and partition"
@@ -95,7 +97,18 @@ def personal_recipe(
     trained = table["method"]["training"]  # who comes later trains as much
     own = {**trained, "steps": table["rounds"] * trained["steps"], **table["method"].get("adapt", {})}
     table["method"]["adapt"] = own
-    return parse(table, f"the personalization of {model}")
+    return parse(table, where)
+
+
+def _checked(table: Mapping[str, Any], where: str) -> None:
+    """Before anything is read of a table that was changed. Raises: ConfigError, naming every problem."""
+    filled = copy.deepcopy(dict(table))
+    if isinstance(method := filled.get("method"), dict) and isinstance(training := method.get("training"), dict):
+        adapt = method.get("adapt", {})
+        method["adapt"] = {**training, **adapt} if isinstance(adapt, dict) else adapt
+    if isinstance(backbone := filled.get("backbone"), dict) and isinstance(backbone.get("embedding"), dict):
+        backbone["embedding"].setdefault("width", 1)
+    parse(filled, where)
 
 
 def _picture_size(model: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
@@ -114,9 +127,16 @@ def _said(what: str) -> str:
     return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
 
 
+NEEDED = {"unet": ("block_out_channels", "cross_attention_dim"), "vae": ("in_channels", "block_out_channels")}
+"""Of a component's config.json, by its folder's name."""
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ArtefactError(f"{folder.parent} is not a text-to-image pipeline: it has no {folder.name}/config.json")
-    with explained(path, "reading"):
-        return dict(json.loads(path.read_text("utf-8")))
+    config = read_json(path)
+    lacking = [key for key in NEEDED[folder.name] if key not in config] if isinstance(config, dict) else ["object"]
+    if lacking:
+        raise ArtefactError(f"{path} has no {', '.join(lacking)}; save the model again, as diffusers does")
+    return config

@@ -365,7 +365,11 @@ class SavedRun:
         """Measure every client, write sample grids and summary.json. Returns the summary.
 
         An added client whose folder of images is gone keeps the figures that were taken when it was added.
+        Raises: ArtefactError, when the run is not finished, or images are not those that it began with.
         """
+        if not RunFolder(self.folder).is_complete():
+            raise ArtefactError(f"{self.folder} is not finished; finish it first: personae resume {self.folder}")
+        self.refuse_others()
         clients = self._clients
         started = time.perf_counter()
         roles = dict.fromkeys(clients.train, "train") | dict.fromkeys(clients.new, "new")

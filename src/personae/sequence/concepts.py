@@ -42,17 +42,21 @@ def read_concept(
 
 
 def _captions(images: Images, task: Task, said: str) -> tuple[str, ...]:
-    """ "a <rex>", or the pictures' own with the noun replaced. Raises: DataError, when one names neither."""
+    """ "a <rex>", or the pictures' own with the noun, the word, or both together replaced.
+
+    Raises: DataError, when one names neither.
+    """
     if not images.captions:
         return (caption(task, said),) * len(images)
-    noun = re.compile(rf"\b{re.escape(task.noun)}\b", re.IGNORECASE)
-    missing = [text for text in images.captions if not noun.search(text) and task.word not in text.lower()]
+    noun = re.escape(task.noun)
+    named = re.compile(rf"{re.escape(task.word)}(?:\s+{noun}\b)?|(?<![\w<-]){noun}(?![\w>-])", re.IGNORECASE)
+    missing = [text for text in images.captions if not named.search(text)]
     if missing:
         raise DataError(
             f"concept {task.name!r}: the caption {missing[0]!r} names neither {task.noun!r} nor {task.word}; "
             "write one of them where the concept is meant, or leave captions out"
         )
-    return tuple(noun.sub(lambda _: said, text) for text in images.captions)
+    return tuple(named.sub(lambda _: said, text) for text in images.captions)
 
 
 def general_prompts(model: TextToImage, recipe: SequenceRecipe, count: int, nouns: frozenset[str]) -> tuple[str, ...]:

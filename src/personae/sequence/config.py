@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class Concept:
             raise ConfigError(
                 f"concept {self.name!r} has source {self.data.source!r}; expected one of {', '.join(ALONE)}, undivided"
             )
+        if self.data.source == "folder" and self.data.path is None:
+            raise ConfigError(f"concept {self.name!r} has no data.path, in which its pictures lie")
 
     @property
     def word(self) -> str:
@@ -148,7 +151,7 @@ def parse_sequence(table: Mapping[str, Any], where: str) -> tuple[SequenceRecipe
     recipe = check_fields(SequenceRecipe, rest, "", problems)
     own, method = table.get(METHOD), None
     name = own.get("name") if isinstance(own, dict) else None
-    if not isinstance(own, dict) or name not in CONTINUAL:
+    if not isinstance(own, dict) or not isinstance(name, str) or name not in CONTINUAL:
         problems.append(f"{METHOD}.name: {name!r} is unknown{nearest(str(name), CONTINUAL)}")
     else:
         fields = {key: value for key, value in own.items() if key != "name"}
@@ -178,7 +181,7 @@ def own_recipe(model: str, method: str, name: str, overrides: Sequence[str] = ()
         "name": name,
         "model": model,
         "lesson": {"training": {"steps": 40, "lr": rate, "batch_size": 4, "optimizer": "adamw"}},
-        METHOD: {"name": method, **dict(SETTINGS.get(method, {}))},
+        METHOD: {"name": method, **copy.deepcopy(dict(SETTINGS.get(method, {})))},
     }
     for override in overrides:
         change(table, override)

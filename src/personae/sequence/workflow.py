@@ -46,7 +46,7 @@ from personae.backbone.text2image import TextToImage
 from personae.continual import learn
 from personae.continual.contract import Continual, caption, load_kept, words_of
 from personae.core import Client, ClientData, Images, Round, State, Task, ignore, stream
-from personae.errors import ArtefactError, ConfigError, PersonaeError
+from personae.errors import ArtefactError, ConfigError, DataError, Diverged, PersonaeError, ShapeError
 from personae.evaluate.grids import save_grid
 from personae.infer.regions import InRegions, Region
 from personae.infer.sample import draw
@@ -174,16 +174,16 @@ class SavedSequence:
     # --- what a user does -------------------------------------------------------------------------------------------
 
     def finish(self, watch: Watch = ignore) -> SavedSequence:
-        """Teach what the recipe lists and nobody has taught yet, and what was being taught, then report.
+        """Teach what was being taught, then what the recipe lists and nobody has taught yet, then report.
 
         Raises: ArtefactError, when there is nothing that could be gone on with.
         """
+        if (waiting := self._waiting()) is not None:
+            self.learn(waiting, watch=watch)
         taught = {event["concept"] for event in self.events}
         for concept in self.recipe.concepts:
             if concept.name not in taught:
                 self.learn(concept, watch=watch)
-        if (waiting := self._waiting()) is not None:
-            self.learn(waiting, watch=watch)
         if not self.events:
             raise ArtefactError(
                 f"{self.folder} was begun, and nothing taught yet; give the command that began it again"
@@ -193,10 +193,13 @@ class SavedSequence:
 
     @contextmanager
     def dropped_if_refused(self) -> Iterator[None]:
-        """Remove a folder that was begun for what is now refused, unless something was taught or trained there."""
+        """Remove a folder that was begun for what is now refused, unless something was taught or trained there.
+
+        A disk that is full refuses nothing: such a run is gone on with.
+        """
         try:
             yield
-        except PersonaeError:
+        except (ConfigError, DataError, ShapeError):
             if not self.events and not self._lesson.is_file():
                 for name in ("config.toml", "environment.json"):
                     (self.folder / name).unlink(missing_ok=True)
@@ -205,14 +208,15 @@ class SavedSequence:
     def learn(self, concept: Concept, *, watch: Watch = ignore) -> dict[str, Any]:
         """Teach one more concept. Returns its event. A lesson that was stopped is taken up where it was.
 
+        Warns: UserWarning, when a lesson on another concept was stopped, which is given up.
         Raises: ConfigError, when the name has been used, or the model has no room; DataError, for the pictures;
         ArtefactError, when the model is not the one that the run began with.
         """
-        refuse_used([event["concept"] for event in self.events], [concept.name])
         concept = dataclasses.replace(concept, data=with_absolute_path(concept.data))
         lock = RunFolder(self.folder)
         lock.hold()
         try:
+            refuse_used([event["concept"] for event in self.events], [concept.name])
             self._refuse_lost_events()
             torch.set_num_threads(self.recipe.machine.threads)
             machine = self.recipe.machine
@@ -220,10 +224,14 @@ class SavedSequence:
             model = self.model([*self.tasks, task])
             data = read_concept(concept, self.method, self.recipe, model.image_shape)
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
+            if (waiting := self._waiting()) is not None and waiting.name != concept.name:
+                warnings.warn(f"the lesson on {waiting.name}, which was stopped, is given up", stacklevel=2)
             keep_environment(self.folder, machine.threads, machine.device)
             started = time.perf_counter()
             kept = self._taught(concept, task, data, model, watch)
             seconds = time.perf_counter() - started
+            figures = self._figures(model, kept, [*self.tasks, task], data.heldout)
+            self._refuse_diverged(concept, kept, figures)
             event = {
                 "event": "learn",
                 "concept": concept.name,
@@ -237,7 +245,7 @@ class SavedSequence:
                 "bytes": kept.num_bytes(),
                 "facts": dict(kept.facts),
                 "learned_with": self._learns_with(),
-                **self._figures(model, kept, [*self.tasks, task], data.heldout),
+                **figures,
             }
             self._draw(model, task)
             self._append(event, kept)
@@ -252,13 +260,19 @@ class SavedSequence:
     def forget(self, name: str) -> str:
         """Remove a concept, and what was drawn of it. Returns what could not be removed, in a sentence.
 
-        Raises: ConfigError, for an unknown concept.
+        Raises: ConfigError, for an unknown concept, and while a lesson waits to be gone on with.
         """
-        if name not in self.concepts:
-            raise ConfigError(f"no concept is called {name!r} here; there are {', '.join(self.concepts) or 'none yet'}")
         lock = RunFolder(self.folder)
         lock.hold()
         try:
+            there = self.concepts
+            if name not in there:
+                raise ConfigError(f"no concept is called {name!r} here; there are {', '.join(there) or 'none yet'}")
+            if (waiting := self._waiting()) is not None:
+                raise ConfigError(
+                    f"the lesson on {waiting.name!r} was stopped, and goes on from what is to be forgotten; finish it "
+                    f"first: personae resume {self.folder}"
+                )
             task = next(task for task in self.tasks if task.name == name)
             kept, own = self.kept, words_of(task)
             params = {key: value for key, value in kept.params.items() if key not in own}
@@ -333,6 +347,11 @@ class SavedSequence:
         DataError."""
         model = self.model([self.recipe.task(concept) for concept in concepts])
         check_steps("dpmsolver++", self.recipe.sampling.steps, model.schedule.num_timesteps)
+        most, scoring = model.schedule.num_timesteps, self.recipe.scoring
+        if max(scoring.loss_grid, scoring.draws) > most:
+            raise ConfigError(
+                f"scoring: loss_grid is {scoring.loss_grid}, draws {scoring.draws}; the model has {most} timesteps"
+            )
         for concept in concepts:
             data = read_concept(concept, self.method, self.recipe, model.image_shape)
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
@@ -365,6 +384,19 @@ class SavedSequence:
             after=after,
         )
 
+    def _refuse_diverged(self, concept: Concept, kept: State, figures: Mapping[str, Any]) -> None:
+        """Raises: Diverged, and the lesson is begun anew next time."""
+        lost = [name for name, value in (*kept.params.items(), *kept.extras.items()) if not value.isfinite().all()]
+        losses = [figures["drift"], figures["untaught"], *(score["loss"] for score in figures["scores"].values())]
+        lost += ["what is measured of it"] * any(not math.isfinite(loss) for loss in losses)
+        if lost:
+            self._lesson.unlink(missing_ok=True)
+            raise Diverged(
+                CLIENT,
+                f"what was learned of concept {concept.name!r} is not finite in {lost[0]}; earlier concepts are as "
+                "they were. Lower lesson.training.lr in config.toml, and teach it again",
+            )
+
     def _refuse_lost_events(self) -> None:
         """A kill may leave what comes next already kept, beside its lesson; more than that was told of once."""
         number = len(self.events)
@@ -381,10 +413,15 @@ class SavedSequence:
         return self.folder / "lesson.safetensors"
 
     def _waiting(self) -> Concept | None:
-        """What was being taught when the run was stopped."""
+        """What was being taught when the run was stopped; a kill may leave the lesson of what has been taught."""
         if not self._lesson.is_file():
             return None
-        about = read_metadata(self._lesson)
+        try:
+            about = read_metadata(self._lesson)
+        except PersonaeError:  # damaged: it is begun anew
+            return None
+        if about["concept"] in {event["concept"] for event in self.events}:
+            return None
         return Concept(about["concept"], about["noun"], _data_of(json.loads(about["data"])))
 
     def _learns_with(self) -> dict[str, Any]:
@@ -443,8 +480,8 @@ class SavedSequence:
         learned = {event["concept"]: event for event in self.events if event["event"] == "learn"}
         for name in self.concepts:
             event = learned[name]
-            concept = Concept(name, event["noun"], _data_of(event["data"]))
             try:
+                concept = Concept(name, event["noun"], _data_of(event["data"]))
                 data = read_concept(concept, self.method, self.recipe, model.image_shape)
             except PersonaeError:
                 continue
@@ -506,5 +543,9 @@ def _absolute(plan: SequenceRecipe) -> SequenceRecipe:
 
 
 def _data_of(table: Mapping[str, Any]) -> Data:
-    """As an event holds it."""
-    return typing.cast("Data", check_fields(Data, table, "data.", []))
+    """As an event holds it. Raises: ArtefactError."""
+    problems: list[str] = []
+    data = check_fields(Data, table, "data.", problems)
+    if problems:
+        raise ArtefactError(f"where a concept's pictures lie cannot be read: {'; '.join(problems)}")
+    return typing.cast("Data", data)

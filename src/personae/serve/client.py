@@ -102,7 +102,7 @@ class Server:
                 data = bytes(answer.read(MOST_BYTES + 1))
         except urllib.error.HTTPError as error:
             raise ServerRefused(f"{self.url} refused ({error.code}): {_reason(error.read(10_000))}") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise ServerRefused(
                 f"{self.url} cannot be reached: {why}; check the address and its certificate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,13 @@ def serve(
     key = Ed25519PrivateKey.generate() if signing_key is None else read_key(signing_key)
     app = application(shared_model(run), key, Tokens.read(tokens), limits)
     public = key.public_key().public_bytes_raw().hex()
+    try:
+        ear = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"nobody can listen at {host}, port {port}: {error.strerror or error}") from error
     print(f"serving {run.folder} on http{'s' if certificate else ''}://{host}:{port}; Ctrl-C stops it", flush=True)
     print(f"packets are signed by {public}", flush=True)
-    uvicorn.Server(listening(app, host, port, certificate, certificate_key, (limits or Limits()).seconds)).run()
+    uvicorn.Server(listening(app, host, port, certificate, certificate_key, (limits or Limits()).seconds)).run([ear])
 
 
 def listening(
