@@ -177,8 +177,8 @@ def test_results_of_an_earlier_end_go_when_training_goes_on(folder):
         run.save_personal(name, state(2), "same")
     run.complete({})
     (folder / "summary.json").write_text("{}")
-    assert run.is_complete()
+    assert run.is_complete(2) and not run.is_complete(3)
     play(run, 3)
-    assert not run.is_complete() and not (folder / "summary.json").exists()
+    assert not run.is_complete(3) and not (folder / "summary.json").exists()
     assert not run.has_personal("c0", "same")  # it trained on
     assert run.has_personal("added", "same") and not run.has_personal("added", "another")

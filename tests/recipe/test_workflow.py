@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import personae
+from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest, load_state, read_metadata, save_state
 from personae.core import Training
 from personae.errors import ArtefactError, ConfigError, DataError
@@ -234,6 +237,41 @@ def test_an_added_client_is_added_again_when_the_backbone_has_changed(tiny_run, 
         run.evaluate()
     run.personalize("anna", photos)
     assert run.evaluate()["clients"]["anna"]["role"] == "new"
+
+
+def test_a_finished_run_is_given_more_rounds(tiny_run, copy_of, tmp_path):
+    folder = copy_of(tiny_run)
+    text = (folder / "config.toml").read_text("utf-8")
+    assert "rounds = 2\n" in text
+    (folder / "config.toml").write_text(text.replace("rounds = 2\n", "rounds = 3\n"), "utf-8")
+    seen = []
+    summary = workflow.resume(folder, watch=seen.append).summary
+    assert [round.round for round in seen if round.stage == "train" and round.done] == [3] and summary["rounds"] == 3
+    again = copy_of(tiny_run, "again")
+    shutil.rmtree(again / "checkpoint")
+    assert workflow.resume(again).summary["rounds"] == 2, "what is complete needs no checkpoint"
+
+
+def test_two_who_add_clients_at_once_wait_for_each_other_and_take_no_name_twice(tiny_run, copy_of, photos, monkeypatch):
+    run = personae.open_run(copy_of(tiny_run))
+    other = RunFolder(run.folder)
+    other.hold()
+    Timer(0.3, other.release).start()
+    run.personalize("anna", photos)
+
+    def meanwhile(*_):
+        monkeypatch.undo()
+        personae.open_run(run.folder).personalize("ben", photos)
+        return workflow.personalize_one(*_)
+
+    monkeypatch.setattr(workflow, "personalize_one", meanwhile)
+    with pytest.raises(ConfigError, match="client 'ben' exists"):
+        run.personalize("ben", photos)
+    monkeypatch.setattr(workflow, "PATIENCE", 0.0)
+    other.hold()
+    with pytest.raises(ArtefactError, match="in use by another process"):
+        run.personalize("cleo", photos)
+    other.release()
 
 
 def test_other_images_are_not_evaluated(tiny_run, copy_of):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -71,15 +72,20 @@ class RunFolder:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         self.hold()
 
-    def hold(self) -> None:
-        """Raises: ArtefactError, when another process holds the run."""
+    def hold(self, patience: float = 0.0) -> None:
+        """Raises: ArtefactError, when another process holds the run, and still does after `patience` seconds."""
         with explained(self.path, "locking"):
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until release
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ArtefactError(f"{self.path} is in use by another process; wait for it or stop it") from error
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() >= until:
+                    self._lock.close()
+                    raise ArtefactError(f"{self.path} is in use by another process; wait for it or stop it") from error
+            time.sleep(0.05)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -199,8 +205,11 @@ class RunFolder:
         """Training and personalization are done and written; `cost` is what they took."""
         write_json(self.path / "cost.json", dict(cost))
 
-    def is_complete(self) -> bool:
-        return (self.path / "cost.json").is_file()
+    def is_complete(self, rounds: int) -> bool:
+        """Whether so many rounds were trained, and everybody personalized; a complete run may lack its checkpoint."""
+        manifest = self.path / "checkpoint" / "checkpoint.json"
+        trained = read_json(manifest)["round"] if manifest.is_file() else rounds
+        return (self.path / "cost.json").is_file() and trained >= rounds
 
 
 def _holds_files(folder: Path) -> bool:

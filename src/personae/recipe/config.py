@@ -80,6 +80,8 @@ def read_table(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[
         table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     for override in overrides:
         change(table, override)
     return table, str(path)

@@ -18,11 +18,12 @@ import torch
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import json_text, write_bytes, write_json
+from personae.backbone.parts import written_whole
 from personae.backbone.shipped import is_shipped
 from personae.core import SAFE_NAME, Client, ClientData, Facts, Job, stream
 from personae.data import image_folder
 from personae.engine.population import Roster
-from personae.errors import ArtefactError, ConfigError
+from personae.errors import ConfigError
 from personae.evaluate.features import features_by_name
 from personae.recipe.build import (
     build_clients,
@@ -76,20 +77,18 @@ def deploy(recipe: str | Path, to: str | Path, overrides: Sequence[str] = ()) ->
             f"the recipe names files of this machine, which no other has: {', '.join(named)}; leave them out, and use "
             "the data source 'clients'"
         )
-    folder = Path(to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} exists; nothing was overwritten. Choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "recipe.toml", to_toml(plan).encode())
     name = "".join(c if c.isalnum() else "-" for c in plan.name).strip("-").lower()
     values = {"name": name, "minimum": str(plan.federation.minimum), "rounds": str(plan.rounds)}
-    for template in sorted(TEMPLATES.iterdir()):
-        text = Template(template.read_text("utf-8")).safe_substitute(values)
-        target = folder / template.name.removesuffix(".txt")
-        write_bytes(target, text.encode())
-        if target.suffix == ".sh":
-            target.chmod(0o755)
-    return folder
+    with written_whole(Path(to)) as folder:
+        folder.mkdir(parents=True)
+        write_bytes(folder / "recipe.toml", to_toml(plan).encode())
+        for template in sorted(TEMPLATES.iterdir()):
+            text = Template(template.read_text("utf-8")).safe_substitute(values)
+            target = folder / template.name.removesuffix(".txt")
+            write_bytes(target, text.encode())
+            if target.suffix == ".sh":
+                target.chmod(0o755)
+    return Path(to)
 
 
 def _own_folders(path: Path, overrides: Sequence[str]) -> list[str]:

@@ -76,7 +76,8 @@ def run(
 
 
 def resume(folder: str | Path, *, watch: Watch = ignore) -> SavedRun:
-    """Take a run up where it was stopped; a complete one is only measured and reported again where that is missing.
+    """Take a run up where it was stopped, or a complete one whose config.toml says more rounds now. Any other is only
+    measured and reported again where that is missing.
 
     Warns: UserWarning, when training goes on with other versions or another machine than it began with.
     Raises: ArtefactError, when the folder holds no run.
@@ -99,7 +100,7 @@ def open_run(folder: str | Path, device: str | None = None) -> SavedRun:
 
 def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
     """Whatever is not done yet, in order. Also where a stopped run is taken up."""
-    machine, complete = saved.recipe.machine, RunFolder(saved.folder).is_complete()
+    machine, complete = saved.recipe.machine, RunFolder(saved.folder).is_complete(saved.recipe.rounds)
     if not complete:
         keep_environment(saved.folder, machine.threads, machine.device)
     if not (saved.folder / "images.json").is_file():
@@ -113,6 +114,10 @@ def _finish(saved: SavedRun, watch: Watch) -> SavedRun:
         saved.evaluate(watch=watch)
     saved.report()
     return saved
+
+
+PATIENCE = 30.0
+"""Seconds to wait for another process that adds a client to the same run."""
 
 
 class SavedRun:
@@ -367,7 +372,7 @@ class SavedRun:
         An added client whose folder of images is gone keeps the figures that were taken when it was added.
         Raises: ArtefactError, when the run is not finished, or images are not those that it began with.
         """
-        if not RunFolder(self.folder).is_complete():
+        if not RunFolder(self.folder).is_complete(self.recipe.rounds):
             raise ArtefactError(f"{self.folder} is not finished; finish it first: personae resume {self.folder}")
         self.refuse_others()
         clients = self._clients
@@ -446,10 +451,14 @@ class SavedRun:
             raise ConfigError("; ".join(problems))
 
     def add(self, personal: Mapping[str, State], entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write what new clients sample with, and where it comes from."""
+        """Write what new clients sample with, and where it comes from.
+
+        Raises: ConfigError, when somebody has taken a name in the meantime.
+        """
         folder = RunFolder(self.folder)
-        folder.hold()
+        folder.hold(PATIENCE)
         try:
+            self.refuse_taken(list(personal))
             write_json(self.folder / "added.json", self._added() | dict(entries))
             for name, state in personal.items():
                 folder.save_personal(name, state, self._backbone)  # what has this file is complete
@@ -457,10 +466,10 @@ class SavedRun:
             folder.release()
 
     def _measure_added(self, name: str, own: ClientData) -> dict[str, Any]:
+        figures = self.measure_client(name, "new", own)
         folder = RunFolder(self.folder)
-        folder.hold()
+        folder.hold(PATIENCE)
         try:
-            figures = self.measure_client(name, "new", own)
             added = self._added()
             write_json(self.folder / "added.json", {**added, name: {**added[name], "figures": figures}})
         finally:

@@ -142,8 +142,13 @@ def read_key(path: Path) -> Ed25519PrivateKey:
         if not path.exists():
             key = Ed25519PrivateKey.generate()
             data = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
+            beside = path.with_name(f"{path.name}.{os.getpid()}")  # a kill leaves no half of a key
+            try:
+                with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(data)
+                os.link(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
             return key
         found = load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
