@@ -198,5 +198,5 @@ def test_with_ewc_springs_hold_in_both_stretches(build):
 
 
 def test_two_adapters_in_one_recipe_are_refused():
-    with pytest.raises(ConfigError, match=r"ewc\.rank and ewc\.layers are not those of dsc itself"):
+    with pytest.raises(ConfigError, match="ewc's rank, layers, word_rate are not those of dsc itself"):
         Dsc(CONSOLIDATION, *LORA, ewc=Ewc(3, "cross_kv"))

@@ -23,6 +23,10 @@ POOL = "pool."
 """Before the names of adapters that are kept: "pool.<concept>/<name>"."""
 
 
+SHARED = ("rank", "layers", "word_rate")
+"""What springs have in common with what they hold."""
+
+
 @dataclass(frozen=True)
 class Dsc:
     """One adapter that trains on; then what was learned and what an earlier concept left are distilled into it.
@@ -51,9 +55,9 @@ class Dsc:
     word_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.ewc is not None and (self.ewc.rank, self.ewc.layers) != (self.rank, self.layers):
+        if self.ewc is not None and any(getattr(self.ewc, name) != getattr(self, name) for name in SHARED):
             raise ConfigError(
-                "ewc.rank and ewc.layers are not those of dsc itself: both have one adapter; write the same"
+                f"ewc's {', '.join(SHARED)} are not those of dsc itself: both have one adapter; write the same"
             )
 
     @property

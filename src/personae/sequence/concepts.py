@@ -64,7 +64,9 @@ def general_prompts(model: TextToImage, recipe: SequenceRecipe, count: int, noun
     cannot read whole."""
     order = torch.randperm(len(named("seen")), generator=stream(recipe.seed, "prompts")).tolist()
     phrases = (pack().things[named("seen")[at]].phrase for at in order)
-    captions = (recipe.wording.replace(CONCEPT, phrase) for phrase in phrases if not nouns & set(phrase.split()))
+    taken = frozenset(noun.lower() for noun in nouns)
+    others = (phrase for phrase in phrases if not taken & set(phrase.lower().split()))
+    captions = (recipe.wording.replace(CONCEPT, phrase) for phrase in others)
     return tuple(islice((said for said in captions if _is_read_whole(model, said)), count))
 
 
