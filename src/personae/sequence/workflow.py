@@ -149,14 +149,14 @@ class SavedSequence:
     @property
     def concepts(self) -> list[str]:
         """Who can be drawn, in the order of learning."""
-        gone = {event["concept"] for event in self.events if event["event"] == "forget"}
-        return [e["concept"] for e in self.events if e["event"] == "learn" and e["concept"] not in gone]
+        return [task.name for task in self.tasks]
 
     @property
     def tasks(self) -> list[Task]:
-        wording = self.recipe.wording
-        known = {e["concept"]: Task(e["concept"], e["word"], e["noun"], wording) for e in self.events if "word" in e}
-        return [known[name] for name in self.concepts]
+        events, wording = self.events, self.recipe.wording  # read once: another process may be teaching
+        gone = {event["concept"] for event in events if event["event"] == "forget"}
+        learned = (event for event in events if event["event"] == "learn" and event["concept"] not in gone)
+        return [Task(event["concept"], event["word"], event["noun"], wording) for event in learned]
 
     @property
     def kept(self) -> State:
@@ -305,16 +305,17 @@ class SavedSequence:
         Raises: ConfigError, when a prompt or region says a word that nobody has taught, or is too long.
         """
         says = " ".join([prompt, *(region.caption for region in regions)]).lower()
-        self._note_near_misses(says)
-        known = {task.word for task in self.tasks}
+        tasks, kept = self.tasks, self.kept  # together, and before the model is opened, which takes long
+        _note_near_misses(says, tasks)
+        known = {task.word for task in tasks}
         said = {piece for piece in _words_in(says) if piece not in known}
         if said:
             raise ConfigError(
                 f"{', '.join(sorted(said))}: nobody has taught that; words are {', '.join(sorted(known)) or 'none yet'}"
             )
         torch.set_num_threads(self.recipe.machine.threads)
-        model = self.model(self.tasks)
-        self.method.compose(model, self.kept, [task.name for task in self.tasks if task.word in says])
+        model = self.model(tasks)
+        self.method.compose(model, kept, [task.name for task in tasks if task.word in says])
         options = self.recipe.sampling
         return draw(
             InRegions(model, regions),
@@ -441,14 +442,6 @@ class SavedSequence:
                     f"with {began.get(key)!r}; put it back, or begin another run"
                 )
 
-    def _note_near_misses(self, says: str) -> None:
-        """Warns: UserWarning, when a prompt has a concept's name without its word."""
-        for task in self.tasks:
-            if task.word not in says and re.search(rf"(?<![\w<])(<\s*)?{re.escape(task.name.lower())}(?![\w>])", says):
-                warnings.warn(
-                    f"the prompt says {task.name}, and not {task.word}, which draws the concept", stacklevel=3
-                )
-
     def _reached(self, concept: Concept, data: ClientData) -> tuple[int, State | None]:
         """How far a lesson on these pictures was. One of another concept or noun is dropped: nothing of it was kept."""
         if not self._lesson.is_file():
@@ -528,6 +521,13 @@ def _whose(key: str) -> str | None:
     """Of "pool.rex/...", as methods name what they keep of one concept, "rex". Names of concepts may have dots."""
     front, own, _ = key.partition("/")
     return front.partition(".")[2] if own else None
+
+
+def _note_near_misses(says: str, tasks: Sequence[Task]) -> None:
+    """Warns: UserWarning, when a prompt has a concept's name without its word."""
+    for task in tasks:
+        if task.word not in says and re.search(rf"(?<![\w<])(<\s*)?{re.escape(task.name.lower())}(?![\w>])", says):
+            warnings.warn(f"the prompt says {task.name}, and not {task.word}, which draws the concept", stacklevel=3)
 
 
 def _words_in(prompt: str) -> list[str]:
