@@ -14,7 +14,7 @@ from personae.evaluate.charts import COLOURS, chart
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
 ATTACKERS = ("word", "shadow")
-OF = {"word": "by the style's word", "shadow": "by public pictures"}
+OF = {"word": "by the style's word", "shadow": "by public pictures of other things"}
 
 
 def answer_of(found: Sequence[Row]) -> Answer:
@@ -142,8 +142,8 @@ def _told_of_styles(styles: Sequence[Row]) -> list[str]:
 
 def _told_of_noise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"With noise of {row['noise']:g} on each number of a description, pictures name {row['shadow']:.0%} of styles, "
-        f"words {row['word']:.0%}, and the groups agree with the styles to {row['agreement']:.2f}."
+        f"With noise of {row['noise']:g} on each number of a description, pictures of other things name "
+        f"{row['shadow']:.0%} of styles, words {row['word']:.0%}, and the groups agree with the styles to {row['agreement']:.2f}."
         for row in rows
     ]
 
@@ -172,8 +172,8 @@ def _table_of_naming(styles: Sequence[Row]) -> Table:
         chance = [fmean(row[name]["chance"][key] for row in styles) for key in keys]
         rows.append([f"{OF[name]}, styles shuffled", *chance, None, None])
     note = (
-        "By the style's word: compared with what that word brings into captions. By public pictures: with what others "
-        "learned from pictures of that style. Bits are estimated from few clients: compare with the shuffled ones. "
+        "By the style's word: compared with what that word brings into captions. By public pictures of other "
+        "things: with what somebody sends who has pictures of that style, but not of what clients draw. Bits are estimated from few clients: compare with the shuffled ones. "
         "Words of styles that were held out mean nothing to this model."
     )
     columns = ("style named", "right", "mean of 1 / rank", "bits", *(f"right, {part}" for part in PARTS))
