@@ -4,10 +4,10 @@ The study plays both sides. Clients train as a recipe says; what the server hold
 what clients keep says whether they are right. Every attack stands beside the same with what it knows mixed up.
 
 "run": the recipe is trained. "shadow": somebody describes public pictures of a style, of other things than the
-clients' are, as a client would. "prompts": prompts are read back from a text encoder's states, "sent" with the style's known word ("told"), with the client's own
-word ("own"), or with neither ("neutral"): this one an inference server gets, as plain text. "styles": a client's style
-is named from its description, and from its own word's vector, which it does not send. "noise": the same, and the
-grouping itself, with noise on the descriptions.
+clients' are, as a client would. "prompts": prompts are read back from a text encoder's states, "sent" with the style's
+known word ("told"), with the client's own word ("own"), or with neither ("neutral"): this one an inference server gets,
+as plain text. "styles": a client's style is named from its description, and from its own word's vector, which it does
+not send. "noise": the same, and the grouping itself, with noise on the descriptions.
 """
 
 from __future__ import annotations

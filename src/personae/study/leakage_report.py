@@ -143,7 +143,8 @@ def _told_of_styles(styles: Sequence[Row]) -> list[str]:
 def _told_of_noise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"With noise of {row['noise']:g} on each number of a description, pictures of other things name "
-        f"{row['shadow']:.0%} of styles, words {row['word']:.0%}, and the groups agree with the styles to {row['agreement']:.2f}."
+        f"{row['shadow']:.0%} of styles, words {row['word']:.0%}, and the groups agree with the styles to "
+        f"{row['agreement']:.2f}."
         for row in rows
     ]
 
@@ -173,8 +174,8 @@ def _table_of_naming(styles: Sequence[Row]) -> Table:
         rows.append([f"{OF[name]}, styles shuffled", *chance, None, None])
     note = (
         "By the style's word: compared with what that word brings into captions. By public pictures of other "
-        "things: with what somebody sends who has pictures of that style, but not of what clients draw. Bits are estimated from few clients: compare with the shuffled ones. "
-        "Words of styles that were held out mean nothing to this model."
+        "things: with what somebody sends who has pictures of that style, but not of what clients draw. Bits are "
+        "estimated from few clients: compare with the shuffled ones. Words of styles that were held out mean nothing to this model."
     )
     columns = ("style named", "right", "mean of 1 / rank", "bits", *(f"right, {part}" for part in PARTS))
     return Table("Naming a client's style from its description", columns, rows, note)
