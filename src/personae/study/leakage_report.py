@@ -175,8 +175,8 @@ def _table_of_naming(styles: Sequence[Row]) -> Table:
     note = (
         "By the style's word: compared with what that word brings into captions. By public pictures of other "
         "things: with what somebody sends who has pictures of that style, but not of what clients draw. Bits are "
-        "estimated from few clients: compare with the shuffled ones. Words of styles that were held out mean nothing to "
-        "this model."
+        "estimated from few clients: compare with the shuffled ones. Words of styles that were held out mean nothing "
+        "to this model."
     )
     columns = ("style named", "right", "mean of 1 / rank", "bits", *(f"right, {part}" for part in PARTS))
     return Table("Naming a client's style from its description", columns, rows, note)
