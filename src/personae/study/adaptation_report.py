@@ -53,8 +53,7 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
                 "images": count,
                 "kind": kind,
                 "figure": name,
-                **vars(found.pooled),
-                "over_seeds": vars(found.over_seeds),
+                **found.numbers,
             }
             for (rival, count, kind), by_figure in differences.items()
             for name, found in by_figure.items()

@@ -136,7 +136,7 @@ class Advantage:
                     continue
                 findings.append(_told(first, other, title, cells))
                 name = f"{other}-{key}"
-                numbers[name] = [[None if cell is None else _numbers(cell) for cell in line] for line in cells]
+                numbers[name] = [[None if cell is None else cell.numbers for cell in line] for line in cells]
                 drawing = self._map(name, f"{title}: {first} minus {other}", cells)
                 charts.append(Chart(name, drawing, f"Blue where {first} is better; {MARKS}."))
         columns = ("against", "figure", "world", "images", "pairs", "difference", "from", "to", "over seeds from", "to")
@@ -195,10 +195,6 @@ MARKS = "* where the interval over clients excludes 0, ** where that over the se
 
 def _bounds(found: Interval) -> list[Entry]:
     return [found.mean, *([None, None] if found.num == 1 else [found.low, found.high])]
-
-
-def _numbers(cell: Difference) -> dict[str, Any]:
-    return {**vars(cell.pooled), "over_seeds": vars(cell.over_seeds)}
 
 
 def _told(first: str, other: str, title: str, cells: Sequence[Sequence[Difference | None]]) -> str:

@@ -199,7 +199,7 @@ def _start_answer(rows: Sequence[Row], starts: Sequence[str], steps: Sequence[in
             if start != starts[0] and len(both) > 1:
                 apart = difference({at: loss[at] - base[at] for at in both})
                 gain = apart.pooled
-                numbers.append({"start": start, "steps": number, **vars(gain), "over_seeds": vars(apart.over_seeds)})
+                numbers.append({"start": start, "steps": number, **apart.numbers})
                 if gain.excludes(0):
                     way = "lower" if gain.mean < 0 else "higher"
                     findings.append(

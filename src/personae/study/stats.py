@@ -41,6 +41,11 @@ class Difference:
     over_seeds: Interval
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """As summaries hold it: the pooled interval's, and beside them those over seeds."""
+        return {**vars(self.pooled), "over_seeds": vars(self.over_seeds)}
+
+    @property
     def holds_over_seeds(self) -> bool:
         return self.pooled.excludes(0) and self.over_seeds.excludes(0)
 

@@ -97,7 +97,7 @@ class Variants:
                     difference = self._difference(found, name, role, figure)
                     if difference is not None:
                         at = {"variant": name, "than": names[0], "clients": role, "figure": figure}
-                        numbers.append({**at, **vars(difference.pooled), "over_seeds": vars(difference.over_seeds)})
+                        numbers.append({**at, **difference.numbers})
                         if difference.pooled.excludes(0):
                             who = title if role in self.paired else f"{title}, on other images"
                             findings.append(_sentence(name, names[0], what, who, difference))
