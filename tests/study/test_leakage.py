@@ -15,7 +15,7 @@ from personae.backbone.vocabulary import write_tokenizer
 from personae.core import stream
 from personae.data.emoji import pack, vocabulary
 from personae.errors import ConfigError
-from personae.study.leakage import Leakage, _sides
+from personae.study.leakage import Leakage, _public_pictures, _sides
 from personae.study.workflow import run_study
 
 CHANGES = (
@@ -107,13 +107,13 @@ def test_prompts_are_read_back_and_noise_hides_them(done):
     assert own["example"][0].replace("<own>", "?") == own["example"][1]
 
 
-def test_every_client_is_named_by_both_attackers(done):
+def test_every_client_is_named_by_every_attacker(done):
     (row,) = rows(done, stage="styles")
     assert [client["client"] for client in row["clients"]] == ["c0", "c1", "c2"]
     for client in row["clients"]:
-        assert {client["style"], client["word"], client["shadow"]} <= set(STYLES)
+        assert {client["style"], client["word"], client["other"], client["same"]} <= set(STYLES)
         assert 1 <= client["rank"] <= row["known tokens"] and 1 <= client["rank by chance"] <= row["known tokens"]
-    for attacker in ("word", "shadow"):
+    for attacker in ("word", "other", "same"):
         right = [client[attacker] == client["style"] for client in row["clients"]]
         assert row[attacker]["top_1"] == pytest.approx(sum(right) / 3)
         assert row[attacker]["chance"]["top_1"] == pytest.approx(1 / 3, abs=0.05)
@@ -122,9 +122,10 @@ def test_every_client_is_named_by_both_attackers(done):
 def test_noise_is_measured_on_names_and_groups_alike(done):
     without, noisy = rows(done, stage="noise")
     (row,) = rows(done, stage="styles")
-    assert (without["word"], without["shadow"]) == (row["word"]["top_1"], row["shadow"]["top_1"])
+    for attacker in ("word", "other", "same"):
+        assert without[attacker] == row[attacker]["top_1"]
     assert without["agreement"] == row["agreement"] and without["length"] == 0
-    assert noisy["length"] == pytest.approx(5 * 64**0.5) and 0 <= noisy["shadow"] <= 1
+    assert noisy["length"] == pytest.approx(5 * 64**0.5) and 0 <= noisy["same"] <= 1
 
 
 def test_the_answer_says_so(done):
@@ -147,6 +148,21 @@ def test_the_answer_says_so(done):
 def test_an_unfinished_study_has_an_answer_too(done):
     for count in range(len(done.rows)):
         done.study.answer(done.rows[:count])
+
+
+def test_public_pictures_are_of_the_things_that_clients_have_or_of_none_of_them(done):
+    sides = _sides(done.folder / "runs" / "0")
+    had = {int(label) for data in sides.data.values() for label in data.train.labels}
+    same, other = (_public_pictures(things, "noto", sides.recipe) for things in ("same", "other"))
+    assert had <= set(same.labels.tolist()) and not had & set(other.labels.tolist())
+
+
+def test_too_few_public_pictures_are_named(done):
+    for things, told in (("same", r"names that clients of"), ("other", r"names of pre-training that no client")):
+        with pytest.raises(ConfigError, match=told):
+            dataclasses.replace(done.study, shadow_images=798).measure(
+                {"stage": "shadow", "things": things, "style": "noto", "seed": 0}, 0, done.folder
+            )
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 The study plays both sides. Clients train as a recipe says; what the server holds afterwards is what attackers get, and
 what clients keep says whether they are right. Every attack stands beside the same with what it knows mixed up.
 
-"run": the recipe is trained. "shadow": somebody describes public pictures of a style, of other things than the
-clients' are, as a client would. "prompts": prompts are read back from a text encoder's states, "sent" with the style's
-known word ("told"), with the client's own word ("own"), or with neither ("neutral"): this one an inference server gets,
-as plain text. "styles": a client's style is named from its description, and from its own word's vector, which it does
-not send. "noise": the same, and the grouping itself, with noise on the descriptions.
+"run": the recipe is trained. "shadow": somebody describes public pictures of a style as a client would, of "other"
+things than the clients have, or of the "same" ones, which the recipe names and everybody knows. "prompts": prompts are
+read back from a text encoder's states, "sent" with the style's known word ("told"), with the client's own word ("own"),
+or with neither ("neutral"): this one an inference server gets, as plain text. "styles": a client's style is named from
+its description, and from its own word's vector, which it does not send. "noise": the same, and the grouping itself,
+with noise on the descriptions.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from personae.recipe.schema import Recipe
 from personae.recipe.workflow import open_run
 from personae.study.bench import trained
 from personae.study.by_style import server_of, style_of
-from personae.study.leakage_report import ATTACKERS, answer_of
+from personae.study.leakage_report import ATTACKERS, THINGS, answer_of
 from personae.study.study import Answer, Cell, Row, where
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class Leakage:
     """`recipe` trains cluster_lora on styles of the emoji pack with words of the clients' own, with these changes.
 
     `num_prompts` of the clients' captions are read back, with noise of `state_noises` standard deviations on their
-    states. The attacker describes each style `num_shadows` times, from `shadow_images` pictures whose names no client
-    has, and once from its known word alone. `noises` on descriptions are drawn `num_draws` times.
+    states. Attackers describe each style `num_shadows` times, from `shadow_images` pictures, of things that no client
+    has or of those that clients have, and once from its known word alone. `noises` on descriptions are drawn
+    `num_draws` times.
     """
 
     recipe: str = "collaborative/styles"
@@ -88,7 +90,12 @@ class Leakage:
         ready = where(found, stage="run")
         if len(ready) < len(runs):
             return runs
-        shadows: list[Cell] = [{"stage": "shadow", "style": s, "seed": r["seed"]} for r in ready for s in r["styles"]]
+        shadows: list[Cell] = [
+            {"stage": "shadow", "things": things, "style": style, "seed": row["seed"]}
+            for row in ready
+            for things in THINGS
+            for style in row["styles"]
+        ]
         if len(where(found, stage="shadow")) < len(shadows):
             return [*runs, *shadows]
         rest: list[Cell] = []
@@ -106,10 +113,13 @@ class Leakage:
             return self._run(seed, folder / "runs" / str(cell["seed"]))
         sides = _sides(folder / "runs" / str(cell["seed"]))
         if cell["stage"] == "shadow":
-            return self._shadow(sides, str(cell["style"]), seed, _shadows(folder, cell, str(cell["style"])))
+            things, style = str(cell["things"]), str(cell["style"])
+            return self._shadow(sides, things, style, seed, _shadows(folder, cell, things, style))
         if cell["stage"] == "prompts":
             return self._prompts(sides, str(cell["sent"]), float(cell["noise"]), seed)
-        known = self._known(sides, {style: _shadows(folder, cell, style) for style in sides.styles})
+        known = self._known(
+            sides, {things: [_shadows(folder, cell, things, style) for style in sides.styles] for things in THINGS}
+        )
         if cell["stage"] == "styles":
             return self._styles(sides, known, seed)
         return self._noise(sides, known, float(cell["noise"]), seed)
@@ -121,15 +131,17 @@ class Leakage:
         run = trained(folder, self.recipe, self.changes, seed)
         return {"styles": list(_styles_of(run.recipe)), "seconds": run.summary["wall_seconds"]}
 
-    def _shadow(self, sides: Sides, style: str, seed: int, to: Path) -> Mapping[str, Any]:
+    def _shadow(self, sides: Sides, things: str, style: str, seed: int, to: Path) -> Mapping[str, Any]:
         from personae.attack.styles import shadow_descriptor
 
-        public = _public_pictures(style, sides.recipe)
+        public = _public_pictures(things, style, sides.recipe)
         if len(public) < self.shadow_images:
-            raise ConfigError(
-                f"shadow_images is {self.shadow_images}, and there are {len(public)} names of pre-training that no "
-                f"client of {sides.recipe.name} has; lower it, or give the clients fewer names with data.names"
-            )
+            told = {
+                "other": "there are {} names of pre-training that no client of {} has; lower it, or give the clients "
+                "fewer names with data.names",
+                "same": "there are {} names that clients of {} have; lower it, or give them more with data.names",
+            }[things].format(len(public), sides.recipe.name)
+            raise ConfigError(f"shadow_images is {self.shadow_images}, and {told}")
         model, found = open_run(sides.folder).denoiser, []
         for number in range(self.num_shadows):
             rng = stream(seed, "shadow", style, number)
@@ -179,7 +191,7 @@ class Leakage:
             figures |= _own_words(sides, [client for client, _ in texts], own, guesses, inverter.num_known)
         return figures
 
-    def _known(self, sides: Sides, shadows: Mapping[str, Path]) -> dict[str, list[Tensor]]:
+    def _known(self, sides: Sides, shadows: Mapping[str, Sequence[Path]]) -> dict[str, list[Tensor]]:
         """What each attacker compares with: of every style some descriptors, in the order of styles."""
         from personae.attack.styles import word_descriptors
 
@@ -187,7 +199,7 @@ class Leakage:
         by_word = word_descriptors(_public(sides.recipe), words, sides.method.descriptor_width)
         return {
             "word": [by_word[style][None] for style in sides.styles],
-            "shadow": [load_state(shadows[style]).extras[DESCRIPTOR] for style in sides.styles],
+            **{things: [load_state(at).extras[DESCRIPTOR] for at in shadows[things]] for things in THINGS},
         }
 
     def _styles(self, sides: Sides, known: Mapping[str, list[Tensor]], seed: int) -> Mapping[str, Any]:
@@ -349,8 +361,10 @@ def _check(recipe: Recipe) -> ClusterLora:
     return method
 
 
-def _public_pictures(style: str, recipe: Recipe) -> Images:
-    """Of names of pre-training that no client has."""
+def _public_pictures(things: str, style: str, recipe: Recipe) -> Images:
+    """Of the same names that clients have; or of other ones, of pre-training."""
+    if things == "same":
+        return emoji([style], names=recipe.data.names or "seen", wording=recipe.data.caption).images
     every, known = list(pack().things), set(named(recipe.data.names or "seen"))
     images = emoji([style], names="seen", wording=recipe.data.caption).images
     labels = images.labels.tolist() if images.labels is not None else []
@@ -377,8 +391,8 @@ def _inverter(recipe: Recipe) -> PromptInverter:
     return PromptInverter(_public(recipe))
 
 
-def _shadows(folder: Path, cell: Cell, style: str) -> Path:
-    return folder / "shadows" / f"{style}-{cell['seed']}.safetensors"
+def _shadows(folder: Path, cell: Cell, things: str, style: str) -> Path:
+    return folder / "shadows" / things / f"{style}-{cell['seed']}.safetensors"
 
 
 def _scores(descriptors: Tensor, known: Sequence[Tensor]) -> Tensor:

@@ -13,8 +13,13 @@ from personae.data.emoji import HELD_OUT_STYLES, SEEN_STYLES
 from personae.evaluate.charts import COLOURS, chart
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
-ATTACKERS = ("word", "shadow")
-OF = {"word": "by the style's word", "shadow": "by public pictures of other things"}
+THINGS = ("other", "same")
+ATTACKERS = ("word", *THINGS)
+OF = {
+    "word": "by the style's word",
+    "other": "by public pictures of other things",
+    "same": "by public pictures of the same things",
+}
 
 
 def answer_of(found: Sequence[Row]) -> Answer:
@@ -142,9 +147,9 @@ def _told_of_styles(styles: Sequence[Row]) -> list[str]:
 
 def _told_of_noise(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"With noise of {row['noise']:g} on each number of a description, pictures of other things name "
-        f"{row['shadow']:.0%} of styles, words {row['word']:.0%}, and the groups agree with the styles to "
-        f"{row['agreement']:.2f}."
+        f"With noise of {row['noise']:g} on each number of a description, pictures of the same things name "
+        f"{row['same']:.0%} of styles, of other things {row['other']:.0%}, words {row['word']:.0%}, and the groups "
+        f"agree with the styles to {row['agreement']:.2f}."
         for row in rows
     ]
 
@@ -173,8 +178,8 @@ def _table_of_naming(styles: Sequence[Row]) -> Table:
         chance = [fmean(row[name]["chance"][key] for row in styles) for key in keys]
         rows.append([f"{OF[name]}, styles shuffled", *chance, None, None])
     note = (
-        "By the style's word: compared with what that word brings into captions. By public pictures of other "
-        "things: with what somebody sends who has pictures of that style, but not of what clients draw. Bits are "
+        "By the style's word: compared with what that word brings into captions. By public pictures: with what "
+        "somebody sends who has pictures of that style, of the things that clients have, or of none of them. Bits are "
         "estimated from few clients: compare with the shuffled ones. Words of styles that were held out mean nothing "
         "to this model."
     )
@@ -222,7 +227,7 @@ def _levels(axes: Axes, levels: Sequence[float], says: str) -> None:
 
 
 def _chart_of_noise(rows: Sequence[Mapping[str, Any]], num_styles: int) -> Chart:
-    lines = (("shadow", "after", "o-"), ("word", "up", "s-"), ("agreement", "before", "^-"))
+    lines = (("same", "after", "o-"), ("other", "down", "v-"), ("word", "up", "s-"), ("agreement", "before", "^-"))
 
     def draw(axes: Axes) -> None:
         for key, colour, form in lines:
