@@ -221,7 +221,7 @@ def test_regions_that_always_help_are_said_to():
     told = answer([JUDGE, *rows], ["first"])
     assert told.numbers["two"]["first"]["difference"]["mean"] == 0.75
     rows = [two("first", ["aa", "aa"], ["ab", "ba"])] * 2
-    assert "Regions help (+1.00" in " ".join(answer([JUDGE, *rows], ["first"]).findings)
+    assert "Regions help: +1.00" in " ".join(answer([JUDGE, *rows], ["first"]).findings)
 
 
 def test_an_unfinished_study_says_so(study):

@@ -298,7 +298,9 @@ def test_a_style_that_is_not_there_is_said():
     for row in rows:
         for n, client in enumerate(row["clients"].values()):
             client["found"] = 0.2 + 0.02 * (-1) ** n
-    assert any("no style that a split could lose" in told for told in handover_answer(rows, (0.0, 0.3)).findings)
+    answer = handover_answer(rows, (0.0, 0.3))
+    assert any("no style that a split could lose" in told for told in answer.findings)
+    assert "Accepted shares of those tried: none." in answer.findings
 
 
 def test_differences_are_of_the_same_client_and_seed():

@@ -380,7 +380,4 @@ def _count(images: int) -> str:
 
 
 def _text(found: Interval) -> str:
-    if math.isnan(found.low):
-        return ""  # a single seed has no interval
-    star = "*" if found.excludes(0) else ""
-    return f"{found.mean:+.3g} [{found.low:+.3g}, {found.high:+.3g}]{star}"
+    return found.starred("+.3g") if found.num > 1 else ""  # a single seed has no interval

@@ -160,24 +160,18 @@ def _against(
     room = fmean(figures(ours, "alignment_real", styles)) - fmean(figures(rival, "alignment", styles))
     told = [f"{len(seeds)} seeds. " + " ".join(_compared(key, ours, found) for key, found in compared.items())]
     told.append(
-        f"Held-out loss of personal models, {ours} minus {rival}: {_said(loss, 4)}. Alignment (LSA-1), {ours} minus "
-        f"{rival}: {_said(alignment, 4)}; real pictures minus {rival}: {room:+.4f}. {PAPERS}"
+        f"Held-out loss of personal models, {ours} minus {rival}: {loss.told('+.4f')}. Alignment (LSA-1), {ours} minus "
+        f"{rival}: {alignment.told('+.4f')}; real pictures minus {rival}: {room:+.4f}. {PAPERS}"
     )
     return told, {"compared": compared, "loss": vars(loss), "alignment": vars(alignment)}
 
 
 def _compared(key: str, ours: str, found: Mapping[str, Any]) -> str:
     where_ = "On average" if key == "mean" else f"In {key}"
-    told = _said(Interval(**found["difference"]), 4)
+    told = Interval(**found["difference"]).told("+.4f")
     if found["ratio"] is None:
         return f"{where_} {found['rival']} is not clearly above the floor; {ours} differs from it by {told}."
     return f"{where_} {ours} is {found['ratio']:.2f} times as far above the floor as {found['rival']}, {told}."
-
-
-def _said(found: Interval, digits: int) -> str:
-    if found.num < 2:
-        return f"{found.mean:+.{digits}f}"
-    return f"{found.mean:+.{digits}f} (95 % interval {found.low:+.{digits}f} to {found.high:+.{digits}f})"
 
 
 def _costs(rows: Mapping[str, Sequence[Row]]) -> Table:
@@ -236,7 +230,7 @@ def _weights(rows: Sequence[Row]) -> Table:
     for name, own in by_name.items():
         means = {row["seed"]: fmean(row["losses"].values()) for row in own}
         both = [seed for seed in means if seed in first]
-        apart = _said(paired([means[seed] for seed in both], [first[seed] for seed in both]), 5)
+        apart = paired([means[seed] for seed in both], [first[seed] for seed in both]).told("+.5f")
         shares = ", ".join(f"{group} {share:.2f}" for group, share in own[0]["shares"].items())
         of_styles = [fmean(row["losses"][style] for row in own) for style in styles if style in own[0]["losses"]]
         entries.append([name, fmean(means.values()), apart, *of_styles, shares])

@@ -215,8 +215,8 @@ def _told_together(name: str, stage: str, own: Mapping[str, Any]) -> str:
         return f"{told}; {beside}"
     told += f" by the prompt alone and in {own['with']:.0%} with regions; {beside} "
     if gain.num == 1 or not gain.excludes(0):
-        return told + f"Regions make no difference that can be told ({_said(gain)})."
-    return told + f"Regions {'help' if gain.mean > 0 else 'harm'} ({_said(gain)})."
+        return told + f"Regions make no difference that can be told: {gain.told('+.2f')}."
+    return told + f"Regions {'help' if gain.mean > 0 else 'harm'}: {gain.told('+.2f')}."
 
 
 def _best(stage: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -229,10 +229,6 @@ def _best(stage: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 ARMS = {"without": "by the prompt alone", "with": "with regions"}
-
-
-def _said(gain: Interval) -> str:
-    return f"{gain.mean:+.2f}" + (f", {gain.low:+.2f} to {gain.high:+.2f}" if gain.num > 1 else "")
 
 
 def _shown(name: str, row: Row) -> str:

@@ -87,8 +87,7 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     note = f"{len(told)} made-up clients of {len(by_seed)} seeds, each half asked about by the other. 0 is equal."
     finding = (
         f"A client's mix of classes read from its embedding by a linear map fitted on other clients: total variation "
-        f"{read:.3f}, against {guess:.3f} for guessing the mean mix, {apart.mean:+.3f} ({apart.low:+.3f} to "
-        f"{apart.high:+.3f}){gain.reservation}; "
+        f"{read:.3f}, against {guess:.3f} for guessing the mean mix, {apart.told('+.3f')}{gain.reservation}; "
         f"{100 * fmean(explained):.0f} % of the variance between clients explained."
     )
 

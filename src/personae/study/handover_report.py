@@ -47,7 +47,7 @@ class Verdict:
     """One share against all at home.
 
     `passes` and `fewer` are a client's passes through the U-Net and the share of them that it is spared. `leak` is how
-    often a probe tells the style at the hand-off, `style` how often that of the finished picture is right, `at_home` at
+    often a probe tells the style at the hand-off, `style` how often that of the finished picture is right, `home` at
     share 0. `differences` are paired, by measure.
     """
 
@@ -57,7 +57,7 @@ class Verdict:
     chance: float
     leak: Interval
     style: float
-    at_home: float
+    home: Interval
     differences: Mapping[str, Interval]
     rest_bytes: int
 
@@ -67,7 +67,12 @@ class Verdict:
 
     @property
     def keeps_style(self) -> bool:
-        return self.style >= (1 - STYLE) * self.at_home
+        return self.style >= (1 - STYLE) * self.home.mean
+
+    @property
+    def has_style(self) -> bool:
+        """A style that is hardly there at home cannot be lost, and then no verdict on it is worth anything."""
+        return self.home.low > self.chance
 
     def told(self, better: bool) -> list[str]:
         """Measures in which the split is told to be better, or worse, than all at home."""
@@ -76,7 +81,8 @@ class Verdict:
 
     @property
     def accepted(self) -> bool:
-        return self.hides and self.keeps_style and not self.told(better=False) and self.rest_bytes <= REST_BYTES
+        kept = self.has_style and self.keeps_style and not self.told(better=False)
+        return kept and self.hides and self.rest_bytes <= REST_BYTES
 
 
 def handover_answer(found: Sequence[Row], shares: Sequence[float]) -> Answer:
@@ -94,7 +100,7 @@ def handover_answer(found: Sequence[Row], shares: Sequence[float]) -> Answer:
     if split:
         good = [f"{verdict.share:.0%}" for verdict in split if verdict.accepted]
         findings.append(f"Accepted shares of those tried: {', '.join(good) or 'none'}.")
-        findings += [*_nothing_to_lose(drawn), _power_sentence(drawn, split)]
+        findings += [*_nothing_to_lose(split[0]), _power_sentence(drawn, split)]
         findings.append(_bytes_sentence(drawn, split))
     tables = [_quality_table(verdicts, drawn), _told_table(verdicts, drawn), _cost_table(verdicts, drawn)]
     charts = [_style_chart(verdicts, drawn), _leak_chart(verdicts, drawn), _alike_chart(verdicts, drawn)]
@@ -116,7 +122,7 @@ def verdict_of(drawn: Sequence[Row], share: float) -> Verdict | None:
         rows[0]["chance"],
         interval(list(values(rows, "clients", "leak").values())),
         _mean(rows, clients.key),
-        _mean(home, clients.key),
+        interval(list(values(home, "clients", clients.key).values())),
         {m.key: difference(rows, home, m) for m in MEASURES},
         max(int(value) for value in values(rows, "clients", "rest_bytes").values()),
     )
@@ -144,8 +150,9 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 def _numbers(verdict: Verdict) -> dict[str, Any]:
     return {
-        **{key: value for key, value in vars(verdict).items() if key not in ("leak", "differences")},
+        **{key: value for key, value in vars(verdict).items() if key not in ("leak", "home", "differences")},
         "leak": vars(verdict.leak),
+        "home": vars(verdict.home),
         "differences": {key: vars(found) for key, found in verdict.differences.items()},
         "accepted": verdict.accepted,
     }
@@ -163,25 +170,23 @@ def _sentence(verdict: Verdict) -> str:
     gained = f"; better in {', '.join(better)}" if better else ""
     return (
         f"Server's share {verdict.share:.0%}: {'accepted' if verdict.accepted else 'not accepted'}. The client makes "
-        f"{verdict.fewer:.1%} fewer calls. The style is told from {_share(verdict.leak)} of hand-offs, chance is "
+        f"{verdict.fewer:.1%} fewer calls. The style is told from {verdict.leak.told('.1%')} of hand-offs, chance is "
         f"{verdict.chance:.1%} ({judged(verdict.hides)}: nothing that the server draws with should depend on the "
         "client). "
         f"It is found in {verdict.style:.1%} of finished pictures, in "
-        f"{verdict.at_home:.1%} all at home ({judged(verdict.keeps_style)}). Against all at home, {quality}{gained}. "
+        f"{verdict.home.mean:.1%} all at home ({judged(verdict.keeps_style)}). Against all at home, {quality}{gained}. "
         f"Packets hold {verdict.rest_bytes} bytes beside latents and history "
         f"({judged(verdict.rest_bytes <= REST_BYTES)})."
     )
 
 
-def _nothing_to_lose(drawn: Sequence[Row]) -> list[str]:
-    """A style that is hardly there at home cannot be lost, and then no verdict on it is worth anything."""
-    home, chance = where(drawn, share=0.0), drawn[0]["chance"]
-    found = interval(list(values(home, "clients", "found").values()))
-    if found.low > chance:
+def _nothing_to_lose(verdict: Verdict) -> list[str]:
+    if verdict.has_style:
         return []
     return [
-        f"All at home the style is found in {_share(found)} of pictures, which is not told from chance ({chance:.0%}): "
-        "these clients have no style that a split could lose. Train longer before trusting any share."
+        f"All at home the style is found in {verdict.home.told('.1%')} of pictures, which is not told from chance "
+        f"({verdict.chance:.0%}): these clients have no style that a split could lose, and so no share is accepted. "
+        "Train longer."
     ]
 
 
@@ -206,16 +211,6 @@ def _bytes_sentence(drawn: Sequence[Row], split: Sequence[Verdict]) -> str:
     )
 
 
-def _share(found: Interval) -> str:
-    return f"{found.mean:.1%}" + ("" if math.isnan(found.low) else f" ({found.low:.1%} to {found.high:.1%})")
-
-
-def _text(found: Interval) -> str:
-    if math.isnan(found.low):
-        return f"{found.mean:+.3g}"
-    return f"{found.mean:+.3g} [{found.low:+.3g}, {found.high:+.3g}]{'*' if found.excludes(0) else ''}"
-
-
 def _and(words: Sequence[Any]) -> str:
     told = [str(word) for word in words]
     return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} or {told[-1]}"
@@ -237,7 +232,7 @@ def _quality_table(verdicts: Sequence[Verdict], drawn: Sequence[Row]) -> Table:
         for measure in MEASURES:
             cells += [
                 fmean(values(rows, measure.of, measure.key).values()),
-                _text(verdict.differences[measure.key]) if verdict.share else "",
+                verdict.differences[measure.key].starred("+.3g") if verdict.share else "",
             ]
         entries.append([f"{verdict.share:.0%}", *cells, "yes" if verdict.accepted and verdict.share else ""])
     pairs = verdicts[-1].differences
@@ -247,8 +242,8 @@ def _quality_table(verdicts: Sequence[Verdict], drawn: Sequence[Row]) -> Table:
         "share its trained model; * excludes 0. Style found: by a probe of real pictures of other things. Thing found: "
         "nearest of all real ones in the style. Distances of features `statistics` to real pictures of the same "
         f"things. Accepted: style told at the hand-off within {100 * LEAK:.0f} points of chance, style found at least "
-        f"{1 - STYLE:.0%} of that at home, nothing worse with an interval that excludes 0, and at most {REST_BYTES} "
-        "bytes beside latents and history."
+        f"{1 - STYLE:.0%} of that at home, where its interval lies above chance, nothing worse with an interval that "
+        f"excludes 0, and at most {REST_BYTES} bytes beside latents and history."
     )
     return Table("Finished pictures", ("server's share", *titles, "accepted"), entries, note)
 
@@ -265,7 +260,7 @@ def _told_table(verdicts: Sequence[Verdict], drawn: Sequence[Row]) -> Table:
         told = [_mean(rows, key) for key in ("leak_cluster", "leak_finished")]
         alike = [_mean(rows, key) for key in ("alike", "alike_other")]
         entries.append(
-            [f"{verdict.share:.0%}", verdict.leak.mean, _text(interval(leak)), *told, verdict.chance, *alike]
+            [f"{verdict.share:.0%}", verdict.leak.mean, interval(leak).starred("+.3g"), *told, verdict.chance, *alike]
         )
     note = (
         "Of what the model takes the picture to be at the hand-off, decoded. Style told: by a linear probe of these, "
@@ -324,7 +319,7 @@ def _style_chart(verdicts: Sequence[Verdict], drawn: Sequence[Row]) -> Chart:
     def draw(axes: Axes) -> None:
         _line(axes, verdicts, _intervals(verdicts, drawn, "found"), "after", "style found")
         _line(axes, verdicts, _intervals(verdicts, drawn, "named"), "up", "thing found")
-        axes.axhline((1 - STYLE) * verdicts[0].at_home, color=COLOURS["before"], linestyle="--", linewidth=1,
+        axes.axhline((1 - STYLE) * verdicts[0].home.mean, color=COLOURS["before"], linestyle="--", linewidth=1,
                      label=f"{1 - STYLE:.0%} of the style at home")  # fmt: skip
         axes.axhline(drawn[0]["real"], color=COLOURS["real"], linestyle=":", linewidth=1, label="style, real pictures")
         axes.axhline(drawn[0]["chance"], color=COLOURS["muted"], linestyle=":", linewidth=1, label="style, chance")

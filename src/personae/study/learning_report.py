@@ -89,7 +89,7 @@ def _told(
 ) -> tuple[list[str], dict[str, Any]]:
     """Sentences, and each learner's differences to the first, paired by order and seed."""
     lost = interval([one["forgetting"] for one in figures[first]])
-    told = [f"{first} loses {_said(lost)} of held-out gain on an earlier concept, over {lost.num} runs."]
+    told = [f"{first} loses {lost.told('.4f')} of held-out gain on an earlier concept, over {lost.num} runs."]
     compared: dict[str, Any] = {}
     by_run = {name: {(one["order"], one["seed"]): one for one in own} for name, own in figures.items()}
     for name in list(figures)[1:]:
@@ -106,7 +106,7 @@ def _told(
         parts = [f"{verb} {ratios[what]:.2f} x as much" for what, verb in VERBS.items() if ratios[what] is not None]
         told.append(
             f"{name} against {first}: {', '.join([*parts, ''])}average gain "
-            f"{_said(Interval(**differences['average']), '+')}."
+            f"{Interval(**differences['average']).told('+.4f')}."
         )
     return told, compared
 
@@ -118,11 +118,6 @@ def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]
     """None, where theirs is nothing that could be a multiple of."""
     base = fmean(one[what] for one in theirs)
     return fmean(one[what] for one in ours) / base if base > 0 else None
-
-
-def _said(found: Interval, sign: str = "") -> str:
-    low_to_high = f" ({found.low:{sign}.4f} to {found.high:{sign}.4f})" if found.num > 1 else ""
-    return f"{found.mean:{sign}.4f}{low_to_high}"
 
 
 def _table(

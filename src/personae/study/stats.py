@@ -28,6 +28,14 @@ class Interval:
     def excludes(self, value: float) -> bool:
         return self.low > value or self.high < value
 
+    def told(self, form: str) -> str:
+        """With each number in this form, such as "+.3g"; a single value without an interval."""
+        return f"{self.mean:{form}}" + (f" ({self.low:{form}} to {self.high:{form}})" if self.num > 1 else "")
+
+    def starred(self, form: str) -> str:
+        """The same, with a star where 0 is excluded."""
+        return self.told(form) + "*" * self.excludes(0)
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -191,7 +191,7 @@ def _compared(name: str, other: str, differences: Mapping[str, Any]) -> str:
 def _said(found: Interval) -> str:
     if found.num == 1:
         return f"{found.mean:+.4f}, of one client's run"
-    return f"{found.mean:+.4f} (95 %: {found.low:+.4f} to {found.high:+.4f}, {found.num} runs of a client)"
+    return f"{found.told('+.4f')}, {found.num} runs of a client"
 
 
 def _shared(
