@@ -17,7 +17,7 @@ from personae.errors import ArtefactError, ConfigError, DataError, Diverged
 from personae.infer.regions import Region
 from personae.recipe.config import change as change_table
 from personae.recipe.schema import Data
-from personae.sequence import concepts, workflow
+from personae.sequence import concepts, history
 from personae.sequence.config import RATES, Concept, own_recipe, parse_sequence, sequence_toml
 from personae.sequence.workflow import SavedSequence, begin_sequence, open_sequence, run_sequence
 from personae.testing.contract import differing_states
@@ -285,7 +285,7 @@ def test_killed_after_kept_and_before_its_line(begin, concept, monkeypatch):
             raise ArtefactError("killed")
         write_bytes(path, data, **how)
 
-    monkeypatch.setattr(workflow, "write_bytes", kill)
+    monkeypatch.setattr(history, "write_bytes", kill)
     with pytest.raises(ArtefactError, match="killed"):
         killed.learn(concept("tom"))
     assert (killed.folder / "kept-002.safetensors").is_file(), "what was kept had been written"

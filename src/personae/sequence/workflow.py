@@ -2,23 +2,19 @@
 
     config.toml          the recipe with every value filled in
     environment.json     versions, platform, threads, commit
-    events.jsonl         one line per concept learned or forgotten: what, from where, figures, seconds
-    kept-NNN.safetensors all that survived event number NNN, and all that is there for the next one
-    lesson.safetensors   the lesson that is going on, after its last stretch
+    events.jsonl         what has happened; it and what survived are told of in history.py
     samples/             what was drawn of each concept when it was new
     summary.json, report.html
 
-An event has happened when its line is written; whatever stops a run before loses the stretch that was going on.
+Whatever stops a run loses the stretch of a lesson that was going on, and nothing before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import time
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,13 +28,8 @@ from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import (
     digest,
     explained,
-    json_text,
-    load_state,
     read_json,
-    read_lines,
-    read_metadata,
     read_toml,
-    save_state,
     write_bytes,
 )
 from personae.backbone.shipped import is_shipped
@@ -53,9 +44,8 @@ from personae.infer.sample import draw
 from personae.infer.samplers import check_steps
 from personae.personal.tokens import is_word
 from personae.recipe.build import pictures_and_captions, with_absolute_path
-from personae.recipe.config import SEQUENCE, check_fields, plain, read_table
+from personae.recipe.config import SEQUENCE, plain, read_table
 from personae.recipe.environment import keep_environment
-from personae.recipe.schema import Data
 from personae.sequence.concepts import general_prompts, given, read_concept
 from personae.sequence.config import (
     Concept,
@@ -65,6 +55,7 @@ from personae.sequence.config import (
     refuse_used,
     sequence_toml,
 )
+from personae.sequence.history import History, data_of
 from personae.sequence.model import model_for
 from personae.sequence.report import write_sequence_report
 from personae.sequence.scores import drift_of, loss_of, scores_of
@@ -142,9 +133,12 @@ class SavedSequence:
     # --- what has happened ------------------------------------------------------------------------------------------
 
     @property
+    def history(self) -> History:
+        return History(self.folder)
+
+    @property
     def events(self) -> list[dict[str, Any]]:
-        """A line that was cut short by a kill is left out: it has not happened."""
-        return read_lines(self.folder / "events.jsonl")
+        return self.history.events
 
     @property
     def concepts(self) -> list[str]:
@@ -153,15 +147,13 @@ class SavedSequence:
 
     @property
     def tasks(self) -> list[Task]:
-        events, wording = self.events, self.recipe.wording  # read once: another process may be teaching
-        gone = {event["concept"] for event in events if event["event"] == "forget"}
-        learned = (event for event in events if event["event"] == "learn" and event["concept"] not in gone)
-        return [Task(event["concept"], event["word"], event["noun"], wording) for event in learned]
+        wording = self.recipe.wording
+        return [Task(event["concept"], event["word"], event["noun"], wording) for event in self.history.learned]
 
     @property
     def kept(self) -> State:
         """All that survived. Raises: ArtefactError."""
-        return load_state(self._kept(len(self.events))) if self.events else State()
+        return self.history.kept
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -178,7 +170,7 @@ class SavedSequence:
 
         Raises: ArtefactError, when there is nothing that could be gone on with.
         """
-        if (waiting := self._waiting()) is not None:
+        if (waiting := self.history.waiting) is not None:
             self.learn(waiting, watch=watch)
         taught = {event["concept"] for event in self.events}
         for concept in self.recipe.concepts:
@@ -200,7 +192,7 @@ class SavedSequence:
         try:
             yield
         except (ConfigError, DataError, ShapeError):
-            if not self.events and not self._lesson.is_file():
+            if not self.events and not self.history.has_lesson:
                 for name in ("config.toml", "environment.json"):
                     (self.folder / name).unlink(missing_ok=True)
             raise
@@ -217,14 +209,14 @@ class SavedSequence:
         lock.hold()
         try:
             refuse_used([event["concept"] for event in self.events], [concept.name])
-            self._refuse_lost_events()
+            self.history.refuse_lost_events()
             torch.set_num_threads(self.recipe.machine.threads)
             machine = self.recipe.machine
             task = self.recipe.task(concept)
             model = self.model([*self.tasks, task])
             data = read_concept(concept, self.method, self.recipe, model.image_shape)
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
-            if (waiting := self._waiting()) is not None and waiting.name != concept.name:
+            if (waiting := self.history.waiting) is not None and waiting.name != concept.name:
                 warnings.warn(f"the lesson on {waiting.name}, which was stopped, is given up", stacklevel=2)
             keep_environment(self.folder, machine.threads, machine.device)
             started = time.perf_counter()
@@ -248,7 +240,7 @@ class SavedSequence:
                 **figures,
             }
             self._draw(model, task)
-            self._append(event, kept)
+            self.history.append(event, kept)
             at, stretches = len(self.concepts), self.recipe.lesson.stretches + 1
             total = max(at, len(self.recipe.concepts))
             watch(Round("learn", at, total, concept.name, stretches, stretches, math.nan, 0, 0, seconds, True))
@@ -268,7 +260,7 @@ class SavedSequence:
             there = self.concepts
             if name not in there:
                 raise ConfigError(f"no concept is called {name!r} here; there are {', '.join(there) or 'none yet'}")
-            if (waiting := self._waiting()) is not None:
+            if (waiting := self.history.waiting) is not None:
                 raise ConfigError(
                     f"the lesson on {waiting.name!r} was stopped, and goes on from what is to be forgotten; finish it "
                     f"first: personae resume {self.folder}"
@@ -283,7 +275,7 @@ class SavedSequence:
             for drawn in (self.folder / "samples").glob(f"*/{name}.png"):
                 drawn.unlink()
             event = {"event": "forget", "concept": name, "removed": removed, "remains": remains}
-            self._append(event | {"bytes": after.num_bytes()}, after)
+            self.history.append(event | {"bytes": after.num_bytes()}, after)
         finally:
             lock.release()
         self.report()
@@ -358,18 +350,16 @@ class SavedSequence:
             model.captions.check(sorted({*data.train.captions, *data.heldout.captions}))
 
     def _taught(self, concept: Concept, task: Task, data: ClientData, model: TextToImage, watch: Watch) -> State:
-        lesson = self.recipe.lesson
-        done, reached = self._reached(concept, data)
+        lesson, history, images = self.recipe.lesson, self.history, digest(pictures_and_captions(data))
+        done, reached = history.reached(concept, images)
         given_ = given(self.method, self.recipe, task, model)
         rng = stream(self.recipe.seed, "lesson")  # every stretch begins with draws of its own
         client = Client(CLIENT, data, model, rng, tasks=(*self.tasks, task), given=given_)
         started, number = time.perf_counter(), len(self.concepts) + 1
-        total, seen = max(number, len(self.recipe.concepts)), digest(pictures_and_captions(data))
-        source = json_text(plain(concept.data))
+        total = max(number, len(self.recipe.concepts))
 
         def after(count: int, state: State) -> None:
-            about = {"concept": concept.name, "noun": concept.noun, "data": source, "images": seen, "done": str(count)}
-            save_state(self._lesson, state, sync=True, **about)
+            history.reach(concept, images, count, state)
             loss, seconds = float(state.facts.get("loss", float("nan"))), time.perf_counter() - started
             watch(Round("learn", number, total, concept.name, count, lesson.stretches + 1, loss, 0, 0, seconds, False))
 
@@ -391,39 +381,12 @@ class SavedSequence:
         losses = [figures["drift"], figures["untaught"], *(score["loss"] for score in figures["scores"].values())]
         lost += ["what is measured of it"] * any(not math.isfinite(loss) for loss in losses)
         if lost:
-            self._lesson.unlink(missing_ok=True)
+            self.history.drop_lesson()
             raise Diverged(
                 CLIENT,
                 f"what was learned of concept {concept.name!r} is not finite in {lost[0]}; earlier concepts are as "
                 "they were. Lower lesson.training.lr in config.toml, and teach it again",
             )
-
-    def _refuse_lost_events(self) -> None:
-        """A kill may leave what comes next already kept, beside its lesson; more than that was told of once."""
-        number = len(self.events)
-        begun = number + (1 if number or self._lesson.is_file() else 0)
-        kept = sorted(path.name for path in self.folder.glob("kept-*.safetensors"))
-        if kept and kept[-1] > self._kept(begun).name:
-            raise ArtefactError(
-                f"{self.folder} holds {kept[-1]}, and events.jsonl there tells of {number} events; earlier "
-                "concepts would be lost. Put events.jsonl back as it was, or begin another run"
-            )
-
-    @property
-    def _lesson(self) -> Path:
-        return self.folder / "lesson.safetensors"
-
-    def _waiting(self) -> Concept | None:
-        """What was being taught when the run was stopped; a kill may leave the lesson of what has been taught."""
-        if not self._lesson.is_file():
-            return None
-        try:
-            about = read_metadata(self._lesson)
-        except PersonaeError:  # damaged: it is begun anew
-            return None
-        if about["concept"] in {event["concept"] for event in self.events}:
-            return None
-        return Concept(about["concept"], about["noun"], _data_of(json.loads(about["data"])))
 
     def _learns_with(self) -> dict[str, Any]:
         """What has to stay as it is from the first concept on."""
@@ -442,19 +405,6 @@ class SavedSequence:
                     f"with {began.get(key)!r}; put it back, or begin another run"
                 )
 
-    def _reached(self, concept: Concept, data: ClientData) -> tuple[int, State | None]:
-        """How far a lesson on these pictures was. One of another concept or noun is dropped: nothing of it was kept."""
-        if not self._lesson.is_file():
-            return 0, None
-        try:
-            about, state = read_metadata(self._lesson), load_state(self._lesson)
-        except PersonaeError:
-            return 0, None
-        own = {"concept": concept.name, "noun": concept.noun, "images": digest(pictures_and_captions(data))}
-        if any(about.get(key) != value for key, value in own.items()):
-            return 0, None
-        return int(about["done"]), state
-
     def _figures(self, model: TextToImage, kept: State, tasks: Sequence[Task], new: Images) -> dict[str, Any]:
         """The row of every matrix that this moment gives, and how far the model has moved from the untaught one."""
         nouns = frozenset(word for task in tasks for word in task.noun.split())
@@ -470,16 +420,14 @@ class SavedSequence:
     def _earlier(self, model: TextToImage) -> dict[str, Images]:
         """Held-out pictures of earlier concepts, to measure on, of those whose pictures are where they were."""
         found = {}
-        learned = {event["concept"]: event for event in self.events if event["event"] == "learn"}
-        for name in self.concepts:
-            event = learned[name]
+        for event in self.history.learned:
             try:
-                concept = Concept(name, event["noun"], _data_of(event["data"]))
+                concept = Concept(event["concept"], event["noun"], data_of(event["data"]))
                 data = read_concept(concept, self.method, self.recipe, model.image_shape)
             except PersonaeError:
                 continue
             if digest(pictures_and_captions(data)) == event["images"]:
-                found[name] = data.heldout
+                found[concept.name] = data.heldout
         return found
 
     def _draw(self, model: TextToImage, task: Task) -> None:
@@ -492,18 +440,6 @@ class SavedSequence:
             folder = self.folder / "samples" / task.name
             folder.mkdir(parents=True, exist_ok=True)
             save_grid(folder / f"{each.name}.png", pictures, columns=count)
-
-    def _append(self, event: Mapping[str, Any], kept: State) -> None:
-        """What was kept first: an event that has its line can be gone on from."""
-        number = len(self.events) + 1
-        save_state(self._kept(number), kept, kind="kept")
-        lines = "".join(json_text(line) + "\n" for line in [*self.events, event])
-        write_bytes(self.folder / "events.jsonl", lines.encode())
-        for stale in (self._kept(number - 1), self._lesson):
-            stale.unlink(missing_ok=True)
-
-    def _kept(self, number: int) -> Path:
-        return self.folder / f"kept-{number:03d}.safetensors"
 
     def _remains(self, params: Mapping[str, Tensor]) -> str:
         if all(map(is_word, params)):
@@ -540,12 +476,3 @@ def _absolute(plan: SequenceRecipe) -> SequenceRecipe:
     model = plan.model if is_shipped(plan.model) else str(Path(plan.model).resolve())
     concepts = tuple(dataclasses.replace(each, data=with_absolute_path(each.data)) for each in plan.concepts)
     return dataclasses.replace(plan, model=model, concepts=concepts)
-
-
-def _data_of(table: Mapping[str, Any]) -> Data:
-    """As an event holds it. Raises: ArtefactError."""
-    problems: list[str] = []
-    data = check_fields(Data, table, "data.", problems)
-    if problems:
-        raise ArtefactError(f"where a concept's pictures lie cannot be read: {'; '.join(problems)}")
-    return typing.cast("Data", data)

@@ -215,7 +215,8 @@ def _table_of_noise(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("noise", "its length", *(f"named {OF[name]}" for name in ATTACKERS), "adjusted Rand index")
     note = (
         "Noise is the standard deviation on each number of a description of length 1; its length grows with the square "
-        "root of how many numbers there are. The index says how far the server's groups agree with the styles."
+        "root of how many numbers there are. The index says how far groups made once, of the last descriptions alone, "
+        "agree with the styles; the server goes on from those of earlier rounds."
     )
     return Table("Noise on descriptions", columns, [[row.get(key) for key in keys] for row in rows], note)
 
