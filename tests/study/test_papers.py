@@ -73,10 +73,21 @@ def test_a_share_of_the_weights_is_judged_by_the_number():
 
 @pytest.mark.parametrize(("lows", "verdict"), [((0.1, 0.2), "agrees"), ((0.1, -0.1), "partly"), ((-0.1,), "disagrees")])
 def test_without_embeddings_in_training_new_clients_must_do_worse(lows, verdict):
-    own = {"clients": "new", "figure": "heldout_loss", "variant": "without"}
+    own = {"clients": "new", "figure": "heldout_loss", "variant": "without", "num": 8}
     found = [{**own, "mean": low + 0.1, "low": low, "high": low + 0.2} for low in lows]
     others = [{**found[0], "clients": "train", "low": -1.0}, {**found[0], "figure": "histogram_distance", "low": -1.0}]
     assert papers.has_to_be_trained_with({"differences": [*found, *others]}).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("high", "over_seeds", "verdict"), [(-0.1, -0.05, "agrees"), (-0.1, 0.1, "partly"), (0.1, 0.2, "disagrees")]
+)
+def test_a_mix_is_read_where_that_beats_guessing(high, over_seeds, verdict):
+    pooled, alone = ({"mean": -0.3, "low": -0.5, "high": end, "num": 8} for end in (high, over_seeds))
+    reading = {"read": 0.2, "guessed": 0.5, "drawn": 0.1, "explained": 0.7, "gain": {**pooled, "over_seeds": alone}}
+    judged = papers.mix_is_read({"reading": reading})
+    assert judged.verdict == verdict and "70 % of the variance" in judged.measured
+    assert papers.mix_is_read({}).verdict == "not measured"
 
 
 def test_forgetting_is_nothing_or_something():

@@ -105,7 +105,7 @@ def _read_answer(rows: Sequence[Row]) -> Answer | None:
     numbers = {"read": read, "guessed": guess, "drawn": drawn, "explained": fmean(explained), "clients": len(told)}
     return Answer(
         [finding],
-        {"reading": {**numbers, "gain_low": apart.low, "gain_high": apart.high}},
+        {"reading": {**numbers, "gain": gain.numbers}},
         [Table("How far from a client's mix of classes", ("source", "total variation"), entries, note)],
         [
             Chart(

@@ -8,6 +8,7 @@ so.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from personae.study.report import markdown_rows
-from personae.study.stats import paired
+from personae.study.stats import Difference, Interval, paired
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -172,18 +173,15 @@ def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
         pairs = [p for p in pairs if p["rival"] != REFERENCE]
         if not pairs:
             return Judged("", "not measured", "the final stage was not measured yet")
-        won = [p for p in pairs if p["high"] < 0]
-        lost = [p for p in pairs if p["low"] > 0]
-        told = "; ".join(
-            f"{p['rival']}, {p['images'] or 'all'} images: {p['mean']:+.3g} [{p['low']:+.3g}, {p['high']:+.3g}]"
-            for p in pairs
-        )
-        solid = [p for p in won if p["over_seeds"]["high"] is not None and p["over_seeds"]["high"] < 0]
+        told = "; ".join(f"{p['rival']}, {p['images'] or 'all'} images: {_interval(p).told('+.3g')}" for p in pairs)
+        apart = [Difference(_interval(p), _interval(p["over_seeds"])) for p in pairs]
+        won = [each for each in apart if each.pooled.high < 0]
+        lost = [each for each in apart if each.pooled.low > 0]
+        solid = [each for each in won if each.holds_over_seeds]
         verdict: Verdict = "agrees" if len(solid) == len(pairs) else "partly" if len(won) > len(lost) else "disagrees"
         if verdict == "agrees" and numbers.get("diverged"):
             verdict = "partly"
-        alone = [p["over_seeds"] for p in (*won, *lost) if p["over_seeds"]["low"] is not None]  # none of a single seed
-        held = sum(found["low"] > 0 or found["high"] < 0 for found in alone)
+        held = sum(each.holds_over_seeds for each in (*won, *lost))
         why = (
             f"lower than the rival in {len(won)}, higher in {len(lost)} of {len(pairs)} cases; "
             f"in {held} of these also over the seeds' means alone"
@@ -193,12 +191,34 @@ def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
     return judge
 
 
+def _interval(numbers: Numbers) -> Interval:
+    """As a summary holds it, where ends that are not there are null."""
+    low, high = (math.nan if numbers[end] is None else numbers[end] for end in ("low", "high"))
+    return Interval(numbers["mean"], low, high, numbers["num"])
+
+
 def forgets_nothing(numbers: Numbers) -> Judged:
     moved = numbers.get("largest_change_of_others")
     if moved is None:
         return Judged("", "not measured", "the final stage was not measured yet")
     told = f"largest change of other clients' loss: {moved:g}"
     return Judged(told, "agrees" if moved == 0 else "disagrees", "by construction: what is shared keeps its bits")
+
+
+def mix_is_read(numbers: Numbers) -> Judged:
+    """The mix of classes by a linear map of embeddings, fitted on other clients, against guessing their mean mix."""
+    reading = numbers.get("reading")
+    if reading is None:
+        return Judged("", "not measured", "the study has not come far enough")
+    gain = Difference(_interval(reading["gain"]), _interval(reading["gain"]["over_seeds"]))
+    won = gain.pooled.high < 0
+    return Judged(
+        f"total variation to a client's mix of classes {reading['read']:.3f}, where guessing the mean mix has "
+        f"{reading['guessed']:.3f}: {gain.pooled.told('+.3f')}; {100 * reading['explained']:.0f} % of the variance",
+        "agrees" if won and gain.holds_over_seeds else "partly" if won else "disagrees",
+        f"a linear map of embeddings, fitted on other clients; what the client's own model draws is "
+        f"{reading['drawn']:.3f} away",
+    )
 
 
 def few_numbers(numbers: Numbers) -> Judged:
@@ -220,8 +240,8 @@ def has_to_be_trained_with(numbers: Numbers) -> Judged:
     found = [d for d in found if d["variant"] == "without"]  # others also differ in the place of the embedding
     if not found:
         return Judged("", "not measured", "the study has not come far enough")
-    told = "; ".join(f"{d['variant']}: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in found)
-    worse = sum(d["low"] > 0 for d in found)
+    told = "; ".join(f"{d['variant']}: {_interval(d).told('+.3f')}" for d in found)
+    worse = sum(_interval(d).low > 0 for d in found)
     return Judged(
         f"held-out loss of new clients above that of a backbone trained with embeddings: {told}",
         "agrees" if worse == len(found) else "partly" if worse else "disagrees",
@@ -280,11 +300,17 @@ CLAIMS: tuple[Claim, ...] = (
         SPIRE, "a new client trains hundreds of numbers, at most 0.01 % of the weights", "ablations/width", few_numbers
     ),
     *(
-        Claim(SPIRE, f"new clients beat every rival (digits, {dealt}, {what})", recipe, beats_rivals(figure))
-        for recipe, dealt in (("unseen/one_class", "one class each"), ("unseen/dirichlet", "mixes of their own"))
+        Claim(SPIRE, f"new clients beat every rival ({dealt}, {what})", recipe, beats_rivals(figure))
+        for recipe, dealt in (
+            ("unseen/one_class", "digits, one class each"),
+            ("unseen/dirichlet", "digits, mixes of their own"),
+            ("unseen/mnist5k", "MNIST, one class each"),
+            ("unseen/faces", "drawn faces, one class each"),
+        )
         for figure, what in (("loss", "held-out loss"), ("kid", "kernel distance"))
     ),
     Claim(SPIRE, "adapting forgets nothing of others", "unseen/one_class", forgets_nothing),
+    Claim(SPIRE, "embeddings act as mixing weights (real images)", "unseen/embeddings", mix_is_read),
     Claim(SPIRE, "the backbone has to be trained with embeddings", "ablations/prepared", has_to_be_trained_with),
     Claim(
         DC_SCORES,
