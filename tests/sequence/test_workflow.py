@@ -177,6 +177,25 @@ def test_words_alone_are_forgotten_wholly_and_adapters_are_not(begin, concept):
     assert "rex was removed" in (adapter.folder / "report.html").read_text()
 
 
+def test_custom_diffusion_forgets_as_if_it_had_never_learned(begin, concept):
+    both, alone = begin("custom_diffusion", folder="both"), begin("custom_diffusion", folder="alone")
+    both.learn(concept("rex"))
+    both.learn(concept("tom"))
+    alone.learn(concept("tom"))
+    before = both.kept
+    assert "Nothing of it remains in the model" in both.forget("rex")
+    left, never = both.kept, alone.kept
+    assert left.params.keys() == never.params.keys() and left.extras.keys() == never.extras.keys()
+    for name, value in never.params.items():
+        assert torch.allclose(left.params[name], value, atol=1e-6), name
+    assert any(not torch.allclose(before.params[name], value, atol=1e-4) for name, value in never.params.items())
+    both.learn(concept("pip"))
+    for name in ("tom", "pip"):
+        both.forget(name)
+    assert not both.kept.extras and all(not value.any() for value in both.kept.params.values())
+    both.sample("a dog", 1)
+
+
 @pytest.mark.parametrize("taught", [1, 2])
 def test_nothing_is_overwritten_where_the_events_were_lost(begin, concept, taught):
     run = begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -73,6 +73,18 @@ class Continual(Protocol):
 
     def compose(self, model: Denoiser, kept: State, concepts: Sequence[str]) -> None:
         """Make ready to draw these concepts."""
+        ...
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A method that can take one concept out of what all share, since it kept each by itself."""
+
+    def forget(self, model: Denoiser, kept: State, prompts: Sequence[str]) -> State:
+        """What would have survived without a concept, whose word and what was kept under its name are gone from `kept`.
+
+        The model holds `kept`; `prompts` are captions of other things.
+        """
         ...
 
 

@@ -67,16 +67,24 @@ class CustomDiffusion:
 
     def end(self, client: Client, kept: State) -> State:
         model, params, said = client.model, client.model.params(), self.said(client.task)
-        if not client.given.prompts:
-            raise ConfigError("custom_diffusion needs captions of other things, and was given none")
         names = sorted(filter(is_delta, params))
         trained = torch.cat([params[name] for name in names])
         features = text_features(model, (said, caption(client.task, said)))
         front = PAIR + client.task.name
         own = {f"{front}/features": features, f"{front}/values": (features.double() @ trained.double().T).float()}
-        kept_pairs = {**kept.extras, **own}
-        general = gram(text_features(model, client.given.prompts))
-        merged = constrained(pairs(kept_pairs), general, self.ridge).float()
+        return self._merged(model, params, {**kept.extras, **own}, client.given.prompts)
+
+    def forget(self, model: Denoiser, kept: State, prompts: Sequence[str]) -> State:
+        """Each concept trained from the untaught weights, so that without its pair nothing of it is left."""
+        return self._merged(model, kept.params, kept.extras, prompts)
+
+    def _merged(self, model: Denoiser, params: Arrays, kept_pairs: Arrays, prompts: Sequence[str]) -> State:
+        if not prompts:
+            raise ConfigError("custom_diffusion needs captions of other things, and was given none")
+        if not kept_pairs:
+            return State(untaught(params), {}, {CHANGE: 0.0})
+        names = sorted(filter(is_delta, params))
+        merged = constrained(pairs(kept_pairs), gram(text_features(model, prompts)), self.ridge).float()
         parts = merged.split([len(params[name]) for name in names])
         weights = torch.cat([model.base()[name.removeprefix(DELTA)].cpu() for name in names])
         change = float(merged.norm() / weights.norm())

@@ -35,7 +35,7 @@ from personae.artefact.save import (
 from personae.backbone.shipped import is_shipped
 from personae.backbone.text2image import TextToImage
 from personae.continual import learn
-from personae.continual.contract import Continual, caption, load_kept, words_of
+from personae.continual.contract import Continual, Forgets, caption, load_kept, words_of
 from personae.core import Client, ClientData, Images, Round, State, Task, ignore, stream
 from personae.errors import ArtefactError, ConfigError, DataError, Diverged, PersonaeError, ShapeError
 from personae.evaluate.grids import save_grid
@@ -271,7 +271,7 @@ class SavedSequence:
             extras = {key: value for key, value in kept.extras.items() if _whose(key) != name}
             removed = len(kept.params) - len(params) + len(kept.extras) - len(extras)
             remains = self._remains(params)
-            after = State(params, extras, kept.facts)
+            after = self._without(State(params, extras, kept.facts), [each for each in self.tasks if each != task])
             for drawn in (self.folder / "samples").glob(f"*/{name}.png"):
                 drawn.unlink()
             event = {"event": "forget", "concept": name, "removed": removed, "remains": remains}
@@ -441,8 +441,18 @@ class SavedSequence:
             folder.mkdir(parents=True, exist_ok=True)
             save_grid(folder / f"{each.name}.png", pictures, columns=count)
 
+    def _without(self, kept: State, tasks: Sequence[Task]) -> State:
+        """What is kept without a concept; of what all share, where the method can take it out there."""
+        if not isinstance(self.method, Forgets):
+            return kept
+        torch.set_num_threads(self.recipe.machine.threads)
+        model = self.model(tasks)
+        load_kept(model, kept, stream(self.recipe.seed, "forgetting"))
+        last = frozenset(tasks[-1].noun.split()) if tasks else frozenset[str]()  # as in the last lesson
+        return self.method.forget(model, kept, general_prompts(model, self.recipe, self.recipe.num_prompts, last))
+
     def _remains(self, params: Mapping[str, Tensor]) -> str:
-        if all(map(is_word, params)):
+        if all(map(is_word, params)) or isinstance(self.method, Forgets):
             return f"Nothing of it remains in the model: no other part had learned it. {LOGGED}"
         return (
             "Its word is gone. What it changed in weights that all concepts share cannot be taken out again: teach the "
