@@ -568,9 +568,13 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
 
 
+Watch = Callable[[Round], None]
+"""Is told where a run stands."""
+
+
 def ignore(round: Round) -> None:
     """The watcher that does nothing."""
 
 
 class Engine(Protocol):
-    def run(self, job: Job, *, resume: bool = False, watch: Callable[[Round], None] = ignore) -> Run: ...
+    def run(self, job: Job, *, resume: bool = False, watch: Watch = ignore) -> Run: ...

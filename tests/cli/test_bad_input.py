@@ -11,7 +11,7 @@ from PIL import Image
 
 from personae.artefact import run_folder, save
 from personae.cli import app
-from personae.recipe import workflow
+from personae.recipe import saved
 
 
 def picture(path, seed=0, shape=(8, 8)):
@@ -242,8 +242,8 @@ class Disk:
 )
 def test_a_full_or_read_only_disk_loses_nothing(command, tmp_path, tiny, tiny_run, monkeypatch, call, k):
     """While it trains. What is measured afterwards is left out for time."""
-    monkeypatch.setattr(workflow.SavedRun, "evaluate", lambda *_, **__: {})
-    monkeypatch.setattr(workflow.SavedRun, "report", lambda _: None)
+    monkeypatch.setattr(saved.SavedRun, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(saved.SavedRun, "report", lambda _: None)
     monkeypatch.setattr(app, "print_finished", lambda *_: None)
     folder = tmp_path / "run"
     settings = [part for override in tiny for part in ("--set", override)]

@@ -18,7 +18,8 @@ from personae.recipe import personal
 from personae.recipe.config import load_recipe, parse, to_table
 from personae.recipe.exchange import export_parts, import_client
 from personae.recipe.personal import ROUNDS
-from personae.recipe.workflow import SavedRun, open_run, resume, run
+from personae.recipe.saved import SavedRun
+from personae.recipe.workflow import open_run, resume, run
 from personae.testing.tiny_pipeline import tiny_pipeline
 
 LITTLE = (

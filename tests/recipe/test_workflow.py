@@ -21,7 +21,7 @@ from personae.artefact.save import digest, load_state, read_metadata, save_state
 from personae.core import Training
 from personae.errors import ArtefactError, ConfigError, DataError
 from personae.methods import FedAvgFT
-from personae.recipe import measuring, workflow
+from personae.recipe import measuring, saved, workflow
 from personae.recipe.config import load_recipe, parse
 
 
@@ -196,7 +196,7 @@ def test_a_new_client_needs_nobody_elses_images(tiny_run, copy_of, photos, monke
     def fail(_):
         raise AssertionError("somebody else's images were asked for")
 
-    monkeypatch.setattr(workflow, "build_clients", fail)
+    monkeypatch.setattr(saved, "build_clients", fail)
     run = personae.open_run(folder)
     figures = run.personalize("anna", photos)
     assert run.sample("anna", 2).shape == (2, 1, 8, 8)
@@ -262,12 +262,12 @@ def test_two_who_add_clients_at_once_wait_for_each_other_and_take_no_name_twice(
     def meanwhile(*_):
         monkeypatch.undo()
         personae.open_run(run.folder).personalize("ben", photos)
-        return workflow.personalize_one(*_)
+        return saved.personalize_one(*_)
 
-    monkeypatch.setattr(workflow, "personalize_one", meanwhile)
+    monkeypatch.setattr(saved, "personalize_one", meanwhile)
     with pytest.raises(ConfigError, match="client 'ben' exists"):
         run.personalize("ben", photos)
-    monkeypatch.setattr(workflow, "PATIENCE", 0.0)
+    monkeypatch.setattr(saved, "PATIENCE", 0.0)
     other.hold()
     with pytest.raises(ArtefactError, match="in use by another process"):
         run.personalize("cleo", photos)
@@ -392,9 +392,9 @@ def test_a_call_that_was_stopped_is_made_again(tiny_run, copy_of, people, monkey
     with pytest.raises(KeyboardInterrupt):
         run.personalize_many({n: people[n] for n in ("anna", "ben")}, at_once=2)
     monkeypatch.setattr(type(run), "measure_client", measure)
-    adapt = workflow.personalize_many
+    adapt = saved.personalize_many
     monkeypatch.setattr(
-        workflow, "personalize_many", lambda job, got, names: trained.extend(names) or adapt(job, got, names)
+        saved, "personalize_many", lambda job, got, names: trained.extend(names) or adapt(job, got, names)
     )
     again = personae.open_run(run.folder)
     assert again.personalize_many(people, at_once=2) == expected

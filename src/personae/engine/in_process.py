@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from personae.core import Job, Run, State, ignore
-from personae.engine.rounds import Answer, Since, Store, Watch, load_parts, serve
+from personae.core import Job, Run, State, Watch, ignore
+from personae.engine.rounds import Answer, Since, Store, load_parts, serve
 from personae.errors import ClientFailed
 
 

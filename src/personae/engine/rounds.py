@@ -10,12 +10,10 @@ from typing import Any, Literal, Protocol
 from personae.aggregate.clip import clipped
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest
-from personae.core import Arrays, Job, Round, Rule, Run, State, Traffic, Update, Updates, stream
+from personae.core import Arrays, Job, Round, Rule, Run, State, Traffic, Update, Updates, Watch, stream
 from personae.core import Client as ClientRecord
 from personae.engine.validate import check_update, is_finite
 from personae.errors import ConfigError, EmptyRound, FederationError, PersonaeError, PrivacyError, TooFewClients
-
-Watch = Callable[[Round], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import json_text, write_bytes, write_json
 from personae.backbone.parts import written_whole
 from personae.backbone.shipped import is_shipped
-from personae.core import SAFE_NAME, Client, ClientData, Facts, Job, stream
+from personae.core import SAFE_NAME, Client, ClientData, Facts, Job, Watch, stream
 from personae.data import image_folder
 from personae.engine.population import Roster
 from personae.errors import ConfigError
@@ -36,8 +36,8 @@ from personae.recipe.build import (
 from personae.recipe.config import find_recipe, load_recipe, to_toml
 from personae.recipe.environment import keep_environment
 from personae.recipe.models import build_denoiser
+from personae.recipe.saved import SavedRun
 from personae.recipe.schema import Recipe
-from personae.recipe.workflow import SavedRun, Watch
 
 TEMPLATES = Path(__file__).parent / "deployment"
 NEVER_TOLD = ("labels", "sampled_labels", "sampled_labels_before", "bytes_up", "bytes_down")

@@ -17,7 +17,7 @@ from personae.engine.rounds import load_parts
 from personae.errors import ArtefactError, ConfigError
 from personae.personal.lora import B, Lora, is_lora
 from personae.personal.tokens import is_word
-from personae.recipe.workflow import SavedRun
+from personae.recipe.saved import SavedRun
 
 
 def export_parts(run: SavedRun, client: str, to: str | Path, form: Form) -> list[Path]:

@@ -22,7 +22,7 @@ from personae.recipe.models import Model, rows_at_once
 from personae.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from personae.recipe.workflow import SavedRun
+    from personae.recipe.saved import SavedRun
 
 SHOWN = 32
 """Images in a grid."""

@@ -16,7 +16,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from personae.backbone.shipped import is_shipped
 from personae.backbone.text2image import TextToImage
 from personae.continual import learn
 from personae.continual.contract import Continual, Forgets, caption, load_kept, words_of
-from personae.core import Client, ClientData, Images, Round, State, Task, ignore, stream
+from personae.core import Client, ClientData, Images, Round, State, Task, Watch, ignore, stream
 from personae.errors import ArtefactError, ConfigError, DataError, Diverged, PersonaeError, ShapeError
 from personae.evaluate.grids import save_grid
 from personae.infer.regions import InRegions, Region
@@ -59,8 +59,6 @@ from personae.sequence.history import History, data_of
 from personae.sequence.model import model_for
 from personae.sequence.report import write_sequence_report
 from personae.sequence.scores import drift_of, loss_of, scores_of
-
-Watch = Callable[[Round], None]
 
 CLIENT = "own"
 

@@ -22,7 +22,7 @@ from personae.errors import ConfigError, RefusedPacket, ServerRefused
 from personae.infer.sample import latents_at_once, to_bytes
 from personae.infer.split import REQUEST, SplitPlan, begin, calls_of, finish, request_digest, unsealed
 from personae.personal.tokens import Words, plain
-from personae.recipe.workflow import SavedRun
+from personae.recipe.saved import SavedRun
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 

@@ -20,7 +20,7 @@ from personae.core import pick, stream
 from personae.errors import ArtefactError, ConfigError
 from personae.personal.embedding import EMBEDDING, NULL_EMBEDDING
 from personae.recipe.models import Model, build_denoiser
-from personae.recipe.workflow import SavedRun
+from personae.recipe.saved import SavedRun
 from personae.serve.app import application
 from personae.serve.client import LOCAL
 from personae.serve.limits import Limits, Tokens

@@ -25,8 +25,9 @@ from personae.infer.sample import sample, to_bytes
 from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model, build_denoiser
+from personae.recipe.saved import SavedRun
 from personae.recipe.schema import Recipe
-from personae.recipe.workflow import SavedRun, open_run, resume, run
+from personae.recipe.workflow import open_run, resume, run
 
 POPULATION_IMAGES = 32
 """Held-out images of training clients on which forgetting is measured."""

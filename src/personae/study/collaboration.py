@@ -43,7 +43,8 @@ from personae.personal.tokens import is_word
 from personae.recipe.build import Clients, build_clients
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model
-from personae.recipe.workflow import SavedRun, open_run
+from personae.recipe.saved import SavedRun
+from personae.recipe.workflow import open_run
 from personae.study.bench import trained
 from personae.study.by_style import of_cluster, real_pictures, server_of, styles_of
 from personae.study.collaboration_report import answer

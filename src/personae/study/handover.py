@@ -52,7 +52,8 @@ from personae.personal.tokens import Words, is_word, plain
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe, method_name
 from personae.recipe.models import build_denoiser
-from personae.recipe.workflow import SavedRun, open_run
+from personae.recipe.saved import SavedRun
+from personae.recipe.workflow import open_run
 from personae.study.bench import trained
 from personae.study.by_style import server_of, styles_of
 from personae.study.handover_report import handover_answer

@@ -30,7 +30,8 @@ from personae.methods.cluster_lora import ClusterLora
 from personae.personal.lora import is_lora
 from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
-from personae.recipe.workflow import SavedRun, open_run
+from personae.recipe.saved import SavedRun
+from personae.recipe.workflow import open_run
 from personae.study.bench import adapting, trained
 from personae.study.by_style import server_of, styles_of
 from personae.study.newcomers_report import answer

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,15 +29,13 @@ import torch
 
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import explained, json_text, read_json, read_lines, read_toml, write_bytes, write_json
-from personae.core import Round, ignore
+from personae.core import Round, Watch, ignore
 from personae.errors import ArtefactError, PersonaeError
 from personae.recipe.config import STUDY, read_table
 from personae.recipe.environment import keep_environment
 from personae.study.config import StudyRecipe, parse_study, study_toml
 from personae.study.report import write_study_report
 from personae.study.study import Answer, Cell, Row, Study
-
-Watch = Callable[[Round], None]
 
 
 def run_study(

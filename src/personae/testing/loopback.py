@@ -12,10 +12,9 @@ from typing import Any
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from personae.core import Job, Run, ignore
+from personae.core import Job, Run, Watch, ignore
 from personae.engine.flower import client_app, serve_grid, simulated
 from personae.engine.patience import Patience
-from personae.engine.rounds import Watch
 
 Bend = Callable[[int, Message], Message | None]
 """What becomes of a node's reply: another message, or None when it never arrives."""

@@ -13,11 +13,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from personae.artefact.save import explained, load_state, read_json, save_state, write_json
-from personae.core import Facts, Job, Run, State, Update, ignore
+from personae.core import Facts, Job, Run, State, Update, Watch, ignore
 from personae.engine.flower.nodes import Nodes
 from personae.engine.flower.wire import LOCAL, PERSONALIZE, MakeMessage, Post, opened, problem_in, say
 from personae.engine.patience import Patience
-from personae.engine.rounds import Answer, Since, Store, Watch, serve
+from personae.engine.rounds import Answer, Since, Store, serve
 from personae.engine.seat import introduction
 from personae.engine.validate import check_privacy
 from personae.errors import (

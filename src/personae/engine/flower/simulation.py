@@ -10,11 +10,10 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from personae.core import Job, Run, ignore
+from personae.core import Job, Run, Watch, ignore
 from personae.engine.flower.client import SeatOf, client_app
 from personae.engine.flower.server import serve_grid, server_app
 from personae.engine.patience import Patience
-from personae.engine.rounds import Watch
 from personae.engine.seat import Seat
 from personae.errors import ConfigError
 
