@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from personae.artefact import folder as folder_module
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest
 from personae.core import State
@@ -29,12 +30,16 @@ def play(folder, number, clients=("c0", "c1"), commit=True):
 def folder(tmp_path):
     """After two rounds; c1 took part in the first one only."""
     run = RunFolder(tmp_path / "run")
-    run.create()
-    run.commit(0, state(0))
-    play(run, 1)
-    play(run, 2, clients=["c0"])
-    run.release()
+    with run.begun():
+        run.commit(0, state(0))
+        play(run, 1)
+        play(run, 2, clients=["c0"])
     return run.path
+
+
+def enter(context):
+    with context:
+        pass
 
 
 def reopened(path):
@@ -112,9 +117,8 @@ def test_a_damaged_checkpoint_is_explained(damaged, folder):
 
 def test_nothing_committed_means_starting_anew(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create()
-    run.stage("c0", 1, state(1))
-    run.release()
+    with run.begun():
+        run.stage("c0", 1, state(1))
     again, found = reopened(tmp_path / "run")
     assert found is None and again.kept("c0") == State()
 
@@ -122,25 +126,34 @@ def test_nothing_committed_means_starting_anew(tmp_path):
 def test_a_folder_that_holds_something_is_refused(folder, tmp_path):
     before = checkpoint_files(folder)
     with pytest.raises(ArtefactError, match=r"run exists; nothing was overwritten\. Choose another folder"):
-        RunFolder(folder).create()
+        enter(RunFolder(folder).begun())
     assert checkpoint_files(folder) == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtefactError, match="file exists; nothing was overwritten"):
-        RunFolder(tmp_path / "file").create()
+        enter(RunFolder(tmp_path / "file").begun())
     (tmp_path / "empty").mkdir()
-    run = RunFolder(tmp_path / "empty")
-    run.create()
-    run.release()
+    enter(RunFolder(tmp_path / "empty").begun())
+
+
+def test_of_two_that_begin_one_folder_at_once_one_is_refused(tmp_path, monkeypatch):
+    path, wait = tmp_path / "run", folder_module.held
+
+    def meanwhile(there):
+        monkeypatch.setattr(folder_module, "held", wait)
+        with RunFolder(there).begun():
+            (there / "config.toml").write_text("theirs")
+        return wait(there)
+
+    monkeypatch.setattr(folder_module, "held", meanwhile)
+    with pytest.raises(ArtefactError, match="run exists; nothing was overwritten"):
+        enter(RunFolder(path).begun())
+    assert (path / "config.toml").read_text() == "theirs"
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(folder):
-    first, second = RunFolder(folder), RunFolder(folder)
-    first.hold()
-    with pytest.raises(ArtefactError, match="run is in use by another process"):
-        second.hold()
-    first.release()
-    second.hold()
-    second.release()
+    with RunFolder(folder).held(), pytest.raises(ArtefactError, match="run is in use by another process"):
+        enter(RunFolder(folder).held())
+    enter(RunFolder(folder).held())
 
 
 def test_another_process_is_refused_and_a_killed_one_leaves_no_lock(folder):
@@ -151,16 +164,14 @@ def test_another_process_is_refused_and_a_killed_one_leaves_no_lock(folder):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(ArtefactError, match="in use by another process"):
-            RunFolder(folder).hold()
+            enter(RunFolder(folder).held())
         other.kill()
-    run = RunFolder(folder)
-    run.hold()
-    run.release()
+    enter(RunFolder(folder).held())
 
 
 def test_a_folder_that_is_not_there_is_explained(tmp_path):
     with pytest.raises(ArtefactError, match="nowhere failed: No such file or directory"):
-        RunFolder(tmp_path / "nowhere").hold()
+        enter(RunFolder(tmp_path / "nowhere").held())
 
 
 def test_a_personal_file_knows_the_backbone_it_belongs_to(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personae.artefact import run_folder, save
+from personae.artefact import folder, run_folder, save
 from personae.cli import app
 from personae.recipe import saved
 
@@ -186,12 +186,8 @@ def test_rounds_that_were_edited(command, stopped):
 
 
 def test_a_run_in_use_is_left_alone(command, stopped):
-    holder = run_folder.RunFolder(stopped)
-    holder.hold()
-    try:
+    with run_folder.RunFolder(stopped).held():
         code, _, error = command("resume", stopped)
-    finally:
-        holder.release()
     assert code == 5
     assert "is in use by another process" in error
 
@@ -209,7 +205,7 @@ class Disk:
             monkeypatch.setattr(os, "replace", self.guarded(os.replace, lambda *_: True))
         else:
             opened = self.guarded(builtins.open, lambda _, mode="r", *__: mode[0] in "wa")
-            for module in (save, run_folder):
+            for module in (save, run_folder, folder):
                 monkeypatch.setattr(module, "open", opened, raising=False)
 
     def guarded(self, call, counts):

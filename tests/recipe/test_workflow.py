@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 from dataclasses import replace
 from threading import Timer
 
@@ -254,10 +255,10 @@ def test_a_finished_run_is_given_more_rounds(tiny_run, copy_of, tmp_path):
 
 def test_two_who_add_clients_at_once_wait_for_each_other_and_take_no_name_twice(tiny_run, copy_of, photos, monkeypatch):
     run = personae.open_run(copy_of(tiny_run))
-    other = RunFolder(run.folder)
-    other.hold()
-    Timer(0.3, other.release).start()
-    run.personalize("anna", photos)
+    with ExitStack() as other:
+        other.enter_context(RunFolder(run.folder).held())
+        Timer(0.3, other.close).start()
+        run.personalize("anna", photos)
 
     def meanwhile(*_):
         monkeypatch.undo()
@@ -268,10 +269,8 @@ def test_two_who_add_clients_at_once_wait_for_each_other_and_take_no_name_twice(
     with pytest.raises(ConfigError, match="client 'ben' exists"):
         run.personalize("ben", photos)
     monkeypatch.setattr(saved, "PATIENCE", 0.0)
-    other.hold()
-    with pytest.raises(ArtefactError, match="in use by another process"):
+    with RunFolder(run.folder).held(), pytest.raises(ArtefactError, match="in use by another process"):
         run.personalize("cleo", photos)
-    other.release()
 
 
 def test_other_images_are_not_evaluated(tiny_run, copy_of):

@@ -10,12 +10,12 @@ every round is a file of its own, and the server says which one to start from.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from personae.artefact.folder import held
 from personae.artefact.save import explained, load_state, read_metadata, save_state
 from personae.core import State
 from personae.errors import ArtefactError
@@ -39,11 +39,7 @@ class ClientFolder:
         with explained(self.path, "creating"):
             for folder in (self.path / "kept", self.personal_path.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ArtefactError(f"{self.path} is in use by another process; stop one of the two") from error
+        with held(self.path):
             yield
 
     def kept(self, round: int) -> State:

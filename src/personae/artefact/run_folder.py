@@ -15,17 +15,15 @@ belong together. Files of a round that was never committed are ignored and later
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from personae.artefact.folder import begun, held
 from personae.artefact.save import (
     FORMAT_VERSION,
-    PARTIAL,
     explained,
     json_text,
     load_state,
@@ -42,11 +40,10 @@ from personae.errors import ArtefactError
 
 
 class RunFolder:
-    """The one writer of a run's folder while it trains. Holds a lock, so that two processes cannot both resume it."""
+    """The one writer of a run's folder while it trains; two processes cannot both hold it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: Any = None
         self._index: dict[str, str] = {}
         self._server: str | None = None
         self._replaced: list[str] = []
@@ -54,43 +51,13 @@ class RunFolder:
 
     # --- opening ---------------------------------------------------------------------------------------------
 
-    def refuse_existing(self) -> None:
-        """Raises: ArtefactError, when the folder exists and holds a file."""
-        with explained(self.path, "reading"):
-            if self.path.exists() and (not self.path.is_dir() or _holds_files(self.path)):
-                begun = (self.path / "config.toml").is_file()
-                raise ArtefactError(
-                    f"{self.path} exists; nothing was overwritten. Choose another folder"
-                    + (f", or continue it with: personae resume {self.path}" if begun else "; this one holds no run")
-                )
+    def begun(self) -> AbstractContextManager[None]:
+        """A new run's folder, held. Raises: ArtefactError, as `artefact.folder.begun`."""
+        return begun(self.path, "clients", "checkpoint/clients")
 
-    def create(self) -> None:
-        """Raises: ArtefactError, when the folder exists and holds a file, or cannot be made."""
-        self.refuse_existing()
-        with explained(self.path, "creating"):
-            for folder in ("clients", "checkpoint/clients"):
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-        self.hold()
-
-    def hold(self, patience: float = 0.0) -> None:
-        """Raises: ArtefactError, when another process holds the run, and still does after `patience` seconds."""
-        with explained(self.path, "locking"):
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until release
-        until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if time.monotonic() >= until:
-                    self._lock.close()
-                    raise ArtefactError(f"{self.path} is in use by another process; wait for it or stop it") from error
-            time.sleep(0.05)
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def held(self) -> AbstractContextManager[None]:
+        """Raises: ArtefactError, when another process holds the run."""
+        return held(self.path)
 
     # --- rounds ----------------------------------------------------------------------------------------------
 
@@ -210,8 +177,3 @@ class RunFolder:
         manifest = self.path / "checkpoint" / "checkpoint.json"
         trained = read_json(manifest)["round"] if manifest.is_file() else rounds
         return (self.path / "cost.json").is_file() and trained >= rounds
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether anything would be lost. What a start that failed at once leaves behind does not count."""
-    return any(not path.is_dir() and path.name != ".lock" and path.suffix != PARTIAL for path in folder.rglob("*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -74,8 +75,7 @@ def serve(job: Job, carrier: Callable[[Store], Carrier], *, resume: bool, watch:
     store: Store = _InMemory() if job.folder is None else RunFolder(job.folder)
     # Before there is a folder, so that a refused configuration leaves none behind.
     server = job.method.init(job.members.initial(job.seed))
-    store.hold() if resume else store.create()
-    try:
+    with store.held() if resume else store.begun():
         begun = store.restore() if resume else None
         done, server, records = begun or (0, server, [])
         if begun is None:
@@ -113,8 +113,6 @@ def serve(job: Job, carrier: Callable[[Store], Carrier], *, resume: bool, watch:
         }
         store.complete({"stages": seconds, "traffic": {n: {"up": t.up, "down": t.down} for n, t in traffic.items()}})
         return Run(released, _Personal(store, reached), traffic, records)
-    finally:
-        store.release()
 
 
 def play(
@@ -264,9 +262,8 @@ class Arriving:
 class Store(Protocol):
     """Where an engine puts what must outlive a round: memory, or a RunFolder."""
 
-    def create(self) -> None: ...
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
+    def begun(self) -> AbstractContextManager[None]: ...
+    def held(self) -> AbstractContextManager[None]: ...
     def restore(self) -> tuple[int, State, list[dict[str, Any]]] | None: ...
     def append_round(self, record: Mapping[str, Any]) -> None: ...
     def stage(self, client: str, round: int, kept: State) -> None: ...
@@ -286,9 +283,11 @@ class _InMemory:
         self._kept: dict[str, State] = {}
         self._personal: dict[str, State] = {}
 
-    def create(self) -> None: ...
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
+    def begun(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    held = begun
+
     def append_round(self, record: Mapping[str, Any]) -> None: ...
     def commit(self, round: int, server: State) -> None: ...
     def save_released(self, released: State, backbone: str) -> None: ...

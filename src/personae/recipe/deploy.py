@@ -267,9 +267,5 @@ def _open(folder: Path, recipe: Recipe) -> None:
             raise ConfigError(f"{folder} holds a run of another recipe; choose another folder")
         _describe(folder, recipe)
         return
-    opened = RunFolder(folder)
-    opened.create()
-    try:
+    with RunFolder(folder).begun():
         _describe(folder, recipe)
-    finally:
-        opened.release()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personae.artefact.folder import held
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import digest, load_state, read_json, read_metadata, write_json
 from personae.core import NAME_RULE, SAFE_NAME, Arrays, ClientData, Job, Round, State, Watch, ignore
@@ -385,24 +386,17 @@ class SavedRun:
         Raises: ConfigError, when somebody has taken a name in the meantime.
         """
         folder = RunFolder(self.folder)
-        folder.hold(PATIENCE)
-        try:
+        with held(self.folder, PATIENCE):
             self.refuse_taken(list(personal))
             write_json(self.folder / "added.json", self._added() | dict(entries))
             for name, state in personal.items():
                 folder.save_personal(name, state, self._backbone)  # what has this file is complete
-        finally:
-            folder.release()
 
     def _measure_added(self, name: str, own: ClientData) -> dict[str, Any]:
         figures = self.measure_client(name, "new", own)
-        folder = RunFolder(self.folder)
-        folder.hold(PATIENCE)
-        try:
+        with held(self.folder, PATIENCE):
             added = self._added()
             write_json(self.folder / "added.json", {**added, name: {**added[name], "figures": figures}})
-        finally:
-            folder.release()
         return figures
 
     def _read(self, name: str, folder: Path) -> ClientData:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from personae.artefact.folder import refuse_existing
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import read_toml, write_bytes
 from personae.backbone.shipped import is_shipped
@@ -32,17 +33,13 @@ def run(
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / plan.name
-    opened = RunFolder(folder)
-    opened.refuse_existing()
+    refuse_existing(folder)
     plan = _absolute(plan)
     saved = SavedRun(folder, plan, build_clients(plan))
     saved.check()
-    opened.create()
-    try:
+    with RunFolder(folder).begun():
         # First of all: with it the folder can be resumed, and without it a run can be started there again.
         write_bytes(folder / "config.toml", to_toml(plan).encode())
-    finally:
-        opened.release()
     return _finish(saved, watch)
 
 

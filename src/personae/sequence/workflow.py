@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personae.artefact.run_folder import RunFolder
+from personae.artefact.folder import begun, held, refuse_existing
 from personae.artefact.save import (
     digest,
-    explained,
     read_json,
     read_toml,
     write_bytes,
@@ -85,17 +84,10 @@ def begin_sequence(
     """
     plan = _absolute(plan)
     saved = SavedSequence(Path(out) if out is not None else Path("runs") / plan.name, plan, method)
-    opened = RunFolder(saved.folder)
-    opened.refuse_existing()
+    refuse_existing(saved.folder)
     saved.check([*plan.concepts, *first])
-    with explained(saved.folder, "creating"):
-        saved.folder.mkdir(parents=True, exist_ok=True)
-    opened.hold()
-    try:
-        opened.refuse_existing()  # somebody else may have begun one in the meantime
+    with begun(saved.folder):
         write_bytes(saved.folder / "config.toml", sequence_toml(plan, method).encode())
-    finally:
-        opened.release()
     return saved
 
 
@@ -203,9 +195,7 @@ class SavedSequence:
         ArtefactError, when the model is not the one that the run began with.
         """
         concept = dataclasses.replace(concept, data=with_absolute_path(concept.data))
-        lock = RunFolder(self.folder)
-        lock.hold()
-        try:
+        with held(self.folder):
             refuse_used([event["concept"] for event in self.events], [concept.name])
             self.history.refuse_lost_events()
             torch.set_num_threads(self.recipe.machine.threads)
@@ -242,8 +232,6 @@ class SavedSequence:
             at, stretches = len(self.concepts), self.recipe.lesson.stretches + 1
             total = max(at, len(self.recipe.concepts))
             watch(Round("learn", at, total, concept.name, stretches, stretches, math.nan, 0, 0, seconds, True))
-        finally:
-            lock.release()
         self.report()
         return event
 
@@ -252,9 +240,7 @@ class SavedSequence:
 
         Raises: ConfigError, for an unknown concept, and while a lesson waits to be gone on with.
         """
-        lock = RunFolder(self.folder)
-        lock.hold()
-        try:
+        with held(self.folder):
             there = self.concepts
             if name not in there:
                 raise ConfigError(f"no concept is called {name!r} here; there are {', '.join(there) or 'none yet'}")
@@ -274,8 +260,6 @@ class SavedSequence:
                 drawn.unlink()
             event = {"event": "forget", "concept": name, "removed": removed, "remains": remains}
             self.history.append(event | {"bytes": after.num_bytes()}, after)
-        finally:
-            lock.release()
         self.report()
         return remains
 

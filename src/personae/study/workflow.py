@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from personae.artefact.run_folder import RunFolder
+from personae.artefact.folder import begun, held
 from personae.artefact.save import explained, json_text, read_json, read_lines, read_toml, write_bytes, write_json
 from personae.core import Round, Watch, ignore
 from personae.errors import ArtefactError, PersonaeError
@@ -47,11 +47,8 @@ def run_study(
     """
     plan, study = parse_study(*read_table(recipe, overrides))
     saved = SavedStudy(Path(out) if out is not None else Path("runs") / plan.name, plan, study)
-    opened = RunFolder(saved.folder)
-    opened.refuse_existing()
-    with explained(saved.folder, "creating"):
-        saved.folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(saved.folder / "config.toml", study_toml(plan, study).encode())
+    with begun(saved.folder):
+        write_bytes(saved.folder / "config.toml", study_toml(plan, study).encode())
     return saved.finish(watch)
 
 
@@ -89,9 +86,7 @@ class SavedStudy:
 
     def finish(self, watch: Watch = ignore) -> SavedStudy:
         """Measure every cell that has no line yet, then write summary and report."""
-        lock = RunFolder(self.folder)
-        lock.hold()
-        try:
+        with held(self.folder):
             lines = self._lines()
             write_bytes(self.folder / "cells.jsonl", "".join(json_text(line) + "\n" for line in lines).encode())
             done = {_key(line["cell"]): line for line in lines}
@@ -104,8 +99,6 @@ class SavedStudy:
                     done[_key(cell)] = line
                     watch(_told(cell, number, total))
             self.report()
-        finally:
-            lock.release()
         return self
 
     def report(self) -> Path:
