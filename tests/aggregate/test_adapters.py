@@ -8,6 +8,7 @@ from personae.aggregate.adapters import (
     common_A,
     common_B,
     corrected_mean,
+    factor_geometric_median_weights,
     factor_mean,
     first_ranks,
     geometric_median_weights,
@@ -238,3 +239,18 @@ def test_a_larger_gauge_buys_nothing():
     weights = geometric_median_weights(clients)
     clients[10] = {"x": LowRank(clients[10]["x"].B / 1000, clients[10]["x"].A * 1000)}
     assert geometric_median_weights(clients) == pytest.approx(weights, abs=1e-6)
+
+
+def test_the_geometric_median_of_factors_is_that_of_their_entries_and_minds_the_gauge():
+    clients = [{"unet.a": LowRank(torch.randn(6, 2, generator=stream(k)), torch.randn(2, 5, generator=stream(9, k)))}
+               for k in range(5)]  # fmt: skip
+    weights = factor_geometric_median_weights(clients)
+    rows = torch.stack([torch.cat([c["unet.a"].B.flatten(), c["unet.a"].A.flatten()]).double() for c in clients])
+    found = torch.tensor(weights, dtype=torch.float64) @ rows
+    whole = float((rows - found).norm(dim=1).sum())
+    nearby = [found + 1e-2 * torch.randn(found.shape, generator=stream(7, k)).double() for k in range(20)]
+    assert sum(weights) == pytest.approx(1) and all(float((rows - at).norm(dim=1).sum()) > whole for at in nearby)
+    other = LowRank(3 * clients[0]["unet.a"].B, clients[0]["unet.a"].A / 3)
+    assert factor_geometric_median_weights([{"unet.a": other}, *clients[1:]]) != pytest.approx(weights, rel=0.01)
+    with pytest.raises(ShapeError, match="ranks 1, 2"):
+        factor_geometric_median_weights([*clients, {"unet.a": LowRank(torch.ones(6, 1), torch.ones(1, 5))}])

@@ -7,6 +7,7 @@ import torch
 
 from personae.aggregate.adapters import (
     corrected_mean,
+    factor_geometric_median_weights,
     factor_mean,
     geometric_median_weights,
     multi_krum_weights,
@@ -150,6 +151,9 @@ OTHER_RULES = {
     "factor_mean": lambda adapters, shares: factor_mean(adapters, shares),
     "corrected_mean": lambda adapters, shares: corrected_mean(adapters, shares),
     "geometric_median": lambda adapters, shares: nearest(adapters, geometric_median_weights(adapters), 2),
+    "factor_geometric_median": lambda adapters, shares: factor_mean(
+        adapters, factor_geometric_median_weights(adapters)
+    ),
     "multi_krum": lambda adapters, shares: nearest(adapters, multi_krum_weights(adapters, 1), 2),
 }
 

@@ -5,6 +5,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from PIL import Image
 
 from personae.data.emoji import scene_names
 from personae.errors import ConfigError, DataError
@@ -12,12 +13,14 @@ from personae.evaluate.grouping import adjusted_rand
 from personae.evaluate.text2image_features import renderings
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe
-from personae.study.by_style import real_pictures, styles_of
-from personae.study.collaboration import Collaboration, _entropies, best_rate
+from personae.recipe.workflow import open_run
+from personae.study.by_style import kept_in, real_pictures, styles_of
+from personae.study.collaboration import WORDS, Collaboration, _entropies, best_rate, strangers
 from personae.study.collaboration_report import FIGURES, answer
 from personae.study.study import where
 from personae.study.variants import Variant
 from personae.study.workflow import run_study
+from personae.testing.contract import differing_states
 
 LITTLE = (
     "rounds=2",
@@ -75,14 +78,36 @@ def done(tmp_path_factory, untrained):
 
 
 def test_every_variant_runs_at_every_rate_and_is_drawn_at_its_best(done):
-    assert len(where(done.rows, stage="run")) == 2 * 2
+    assert len(where(done.rows, stage="run")) == 1 + 2 * 2
     for name in ("by style", "one for all"):
         losses = {r["rate"]: fmean(r["losses"].values()) for r in where(done.rows, stage="run", variant=name)}
         assert best_rate(done.rows, name) == min(losses, key=losses.get)
         (drawn,) = where(done.rows, stage="drawn", variant=name)
         assert drawn["rate"] == best_rate(done.rows, name) and drawn["by_style"].keys() == set(STYLES)
         assert all(math.isfinite(of[key]) for of in drawn["by_style"].values() for key in FIGURES)
-        assert (done.folder / drawn["picture"]).is_file()
+
+
+def test_all_runs_begin_with_the_words_and_descriptions_of_the_first(done):
+    def kept(variant, rate):
+        return kept_in(done.folder / "runs" / f"{variant}-{rate}-0")
+
+    words = kept(WORDS, 0)
+    assert words.keys() == where(done.rows, stage="run")[0]["styles"].keys()
+    for variant in ("by style", "one for all"):
+        for rate in (0.001, 0.01):
+            ours = kept(variant, rate)
+            assert all(differing_states(ours[name], words[name]) == [] for name in words)
+    alone = open_run(done.folder / "runs" / f"{WORDS}-0-0")
+    assert not any(value.any() for name, value in alone.personal("c0").items() if name.endswith("lora_B"))
+
+
+def test_every_client_has_a_sheet_with_all_variants(done):
+    (row,) = where(done.rows, stage="sheets")
+    assert {name: sheet["style"] for name, sheet in row["sheets"].items()} == where(done.rows, stage="run")[0]["styles"]
+    assert [picture.path for picture in done.answer.pictures] == [sheet["picture"] for sheet in row["sheets"].values()]
+    with Image.open(done.folder / row["sheets"]["c0"]["picture"]) as sheet:
+        wide, high = sheet.size
+    assert wide / high == pytest.approx(4 / 6, rel=0.05), "real, ours thrice, one for all, words only; four things"
 
 
 def test_groups_are_told_beside_styles(done):
@@ -109,6 +134,7 @@ def test_the_answer_compares_with_the_best_rival(done):
         assert noto["ratio"] == pytest.approx(ours["noto"]["distance"] / theirs["noto"]["distance"])
     assert [chart.name for chart in answer.charts] == ["groups", "distances"]
     assert any("1 seeds." in finding for finding in answer.findings)
+    assert any(finding.startswith("Hoped for: 0.8 times in one of") for finding in answer.findings)
 
 
 def test_a_mixture_is_told_by_its_two_styles_and_shown_in_the_map(done):
@@ -126,7 +152,7 @@ MIX = "70 noto + 30 emojione"
 
 def drawn(variant, seed, distance):
     figures = dict.fromkeys(FIGURES, 0.5) | {"distance": distance, "alignment_real": 0.9}
-    return {"stage": "drawn", "variant": variant, "seed": seed, "by_style": {"noto": figures}, "picture": "x.png"}
+    return {"stage": "drawn", "variant": variant, "seed": seed, "by_style": {"noto": figures}}
 
 
 def ran(variant, seed, loss):
@@ -145,8 +171,22 @@ def test_a_rival_that_is_not_above_the_floor_has_no_ratio_and_seeds_are_paired_b
     assert against["compared"]["noto"]["difference"]["mean"] == pytest.approx((0.019 + 0.034) / 2)
     assert against["loss"]["mean"] == pytest.approx(-1) and against["loss"]["num"] == 2
     far = [drawn("o", 0, 0.02), drawn("o", 1, 0.04), drawn("r", 1, 0.041), drawn("r", 0, 0.039)]
-    found = answer([*rows, *far], ["o", "r"], ["r"], {"o": 0.1, "r": 0.1}).numbers["against"]["compared"]["mean"]
+    whole = answer([*rows, *far], ["o", "r"], ["r"], {"o": 0.1, "r": 0.1})
+    found = whole.numbers["against"]["compared"]["mean"]
     assert found["ratio"] == pytest.approx(0.03 / 0.04)
+    assert math.exp(found["log_ratio"]["mean"]) == pytest.approx((0.02 / 0.039 * 0.04 / 0.041) ** 0.5)
+    assert "in one of 1 styles, which are as many chances: reached in noto; 1.0 times on average: reached." in str(
+        whole.findings
+    )
+
+
+def test_a_style_is_unknown_in_its_turn():
+    axes = torch.eye(16)
+    seen = torch.stack([axes[k] + 0.1 * axes[9 + j] for k in range(3) for j in range(2)] + [axes[0] + axes[1]])
+    styles = ["noto", "noto", "emojione", "emojione", "twemoji", "twemoji", MIX]
+    assert strangers(seen, styles) == {"noto": 1, "emojione": 1, "twemoji": 1}
+    seen[4:6] = axes[0]  # in no way like each other's style alone
+    assert strangers(seen, styles)["twemoji"] < 0.5
 
 
 def test_of_a_mixture_it_is_told_with_whom_its_clients_are():
@@ -155,12 +195,13 @@ def test_of_a_mixture_it_is_told_with_whom_its_clients_are():
     groups = {"a0": 0, "a1": 0, "b0": 1, "m0": 0, "m1": 2}
     entropies = {"a0": 0.0, "a1": 0.0, "b0": 0.3, "m0": 1.0, "m1": 0.5}
     extra = {"styles": styles, "groups": groups, "entropies": entropies, "agreement": 1.0, "cosines": [[1.0] * 5] * 5}
+    extra["strangers"] = {"noto": 1.0}
     rows = [{**ran("o", 0, 0.1), **extra}]
     found = answer(rows, ["o", "r"], ["r"], {"o": 0.1, "r": 0.1})
     told = {"clients": 2, "with": {"noto": 1, "emojione": 0}, "entropy": 0.75, "entropy_of_others": pytest.approx(0.1)}
     assert found.numbers["mixtures"] == {MIX: told}
-    assert "1 are in a group mostly of noto, 0 are in a group mostly of emojione" in found.findings[1]
-    assert "leave 0.75 bits open about the group, clients of one style 0.10" in found.findings[1]
+    assert "1 are in a group mostly of noto, 0 are in a group mostly of emojione" in found.findings[2]
+    assert "leave 0.75 bits open about the group, clients of one style 0.10" in found.findings[2]
 
 
 def test_who_has_one_style_leaves_nothing_open_and_who_is_between_leaves_one_bit():
@@ -216,6 +257,7 @@ def test_the_adjusted_rand_index_of_a_published_table():
     ("changes", "message"),
     [
         ({"rivals": ("nobody",)}, "rivals"),
+        ({"variants": (Variant("a"), Variant("b"), Variant("words only"))}, "as the run is that all others begin with"),
         ({"rates": ()}, "rates are"),
         ({"num_names": 1}, "num_names is 1"),
         ({"recipe": "digits/spire"}, "another method"),

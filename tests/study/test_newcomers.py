@@ -9,12 +9,14 @@ from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import auroc
 from personae.evaluate.loss import denoising_loss
 from personae.recipe.build import build_clients
+from personae.recipe.config import load_recipe
 from personae.recipe.workflow import open_run
-from personae.study.by_style import server_of
+from personae.study.by_style import kept_in, server_of, styles_of
 from personae.study.newcomers import Newcomers
 from personae.study.newcomers_report import a_quarter, first_near
 from personae.study.study import where
 from personae.study.workflow import run_study
+from personae.testing.contract import differing_states
 
 LITTLE = (
     "rounds=3",
@@ -90,7 +92,7 @@ def test_a_newcomers_first_losses_are_those_of_what_the_federation_gives_it(done
     (row,) = where(done.rows, stage="adapt")
     run = open_run(done.folder / "runs" / "without-twemoji-0")
     name, how = row["client"], run.recipe.evaluation
-    words = RunFolder(done.folder / "runs" / "late-twemoji-0").last_kept(name).params
+    words = kept_in(done.folder / "runs" / "words-0")[name].params
     groups = [v for k, v in run.released.extras.items() if k.startswith("centre.")]
     assert len(groups) == 1, "one style was there"
     adapter = {n.removeprefix("cluster.0."): v for n, v in run.released.extras.items() if n.startswith("cluster.0.")}
@@ -100,15 +102,19 @@ def test_a_newcomers_first_losses_are_those_of_what_the_federation_gives_it(done
     assert row["losses"]["group"][0] == pytest.approx(loss, rel=1e-6)
 
 
-def test_before_ends_with_the_round_before_they_come(done):
-    (before,) = where(done.rows, stage="before")
-    (without,) = where(done.rows, stage="without")
-    folder = RunFolder(done.folder / "runs" / "before-twemoji-0")
-    assert [record["round"] for record in folder.rounds(1)] == [1] and folder.server().facts["round"] == 1
-    (table,) = [table for table in done.answer.tables if table.title == "Those who were there"]
-    (stayed,) = (name for name in before["styles"] if name not in where(done.rows, stage="late")[0]["newcomers"])
-    assert table.rows[0][3] == before["losses"][stayed] != without["losses"][stayed] == table.rows[0][5]
-    assert f"{before['losses'][stayed]:.4f} before newcomers come" in done.answer.findings[1]
+def test_everybody_begins_with_the_same_words(done):
+    words, late = kept_in(done.folder / "runs" / "words-0"), where(done.rows, stage="late")[0]["newcomers"]
+    for stage in ("late", "without"):
+        folder = RunFolder(done.folder / "runs" / f"{stage}-twemoji-0")
+        there = [name for name in words if stage == "late" or name not in late]
+        assert all(differing_states(folder.last_kept(name), words[name]) == [] for name in there) and there
+
+
+def test_another_client_of_a_known_style_is_late_for_each_withheld_one():
+    study = Newcomers("collaborative/styles", ("twemoji", "noto"), changes=("data.partition.num_clients=20",))
+    styles = styles_of(build_clients(load_recipe(study.recipe, study.changes)))
+    late = [[n for n in study._late(style, 0) if styles[n] == "emojione"] for style in study.withheld]
+    assert len(late[0]) == len(late[1]) == 1 and late[0] != late[1]
 
 
 def told(groups, likeness, losses=(1.0, 1.0)):
@@ -144,21 +150,21 @@ def test_the_others_are_those_who_were_there():
     rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.018))
     rows[0]["losses"] |= {"late": 99.0}
     found = STUDY_OF_TWO.answer(rows)
-    assert found.numbers["others"] == pytest.approx({"mean": 0.009, "worst": 0.009, "unchanged": 1.0})
+    others = {"mean": 0.009, "worst": 0.009, "harmed": 0.0, "federations": [pytest.approx(0.009)]}
+    assert {**found.numbers["others"]} == {key: pytest.approx(value) for key, value in others.items()}
     assert (
         "2.0180 with newcomers, 2.0000 without any" in found.findings[1] and "as was hoped of all" in found.findings[1]
     )
-    rows.append({"stage": "before", "withheld": "b", "seed": 0, "losses": {"a0": 2.5, "a1": 2.5}})
-    assert "2.5000 before newcomers come" in STUDY_OF_TWO.answer(rows).findings[1]
 
 
-@pytest.mark.parametrize("change", [0.015, -0.015])
-def test_a_loss_that_moves_either_way_has_changed(change):
+@pytest.mark.parametrize(("change", "harmed"), [(0.03, 0.5), (-0.03, 0.0)])
+def test_a_federation_whose_loss_moves_either_way_has_changed_and_harm_is_what_goes_up(change, harmed):
     groups = {"a0": 0, "a1": 0, "late": 0, "b0": 1, "b1": 1}
     rows = told(groups, {"late": 0.9, "b0": 0.2, "b1": 0.3}, (2.0, 2.0))
     rows[0]["losses"]["a1"] *= 1 + change
     found = STUDY_OF_TWO.answer(rows)
-    assert found.numbers["others"]["unchanged"] == 0.5 and "hoped for was that of all" in found.findings[1]
+    assert found.numbers["others"]["harmed"] == harmed and "hoped for was that of all" in found.findings[1]
+    assert found.numbers["others"]["federations"] == [pytest.approx(change / 2)]
 
 
 def test_rounds_are_counted_to_the_oracle_and_who_never_comes_there_is_not_left_out():

@@ -165,6 +165,22 @@ def geometric_median_weights(adapters: Sequence[Adapter]) -> list[float]:
     return weights
 
 
+def factor_geometric_median_weights(adapters: Sequence[Adapter]) -> list[float]:
+    """Weights of the geometric median of the factors' entries: `factor_mean` with them gives it.
+
+    What it takes for near depends on which of the factors of one change clients send.
+    Source: as above, on factors. Raises: ShapeError, when ranks differ.
+    """
+    _same_rank(adapters)
+    rows = torch.stack(
+        [torch.cat([part.flatten() for of in each.values() for part in (of.B, of.A)]).double() for each in adapters]
+    )
+    middle = int(torch.cdist(rows, rows).median(dim=1).values.argmin())
+    rows = rows - rows[middle]
+    weights: list[float] = weiszfeld(rows @ rows.T).tolist()
+    return weights
+
+
 def multi_krum_weights(adapters: Sequence[Adapter], attackers: int) -> list[float]:
     """Alike for the n - f adapters with the smallest sums of squared distances to their n - f - 2 nearest, else 0.
 

@@ -94,8 +94,9 @@ def alike(adapters: Sequence[Adapter]) -> None:
 def canonical(change: LowRank) -> LowRank:
     """The same change with factors that do not depend on those given, where its singular values are distinct.
 
-    B has orthogonal columns and A orthogonal rows, of the same lengths, from the longest to the shortest; the largest
-    entry of each column of B is positive.
+    B has orthogonal columns, from the longest to the shortest, whose largest entries are positive; A has orthogonal
+    rows, as long as those that adapters begin with (`personal.lora`): what Adam does to B A in one step grows with A,
+    and who trains on after an aggregation is to learn at the rate that it was given.
     """
     return recompressed(change, change.rank)
 
@@ -103,17 +104,16 @@ def canonical(change: LowRank) -> LowRank:
 def recompressed(change: LowRank, rank: int) -> LowRank:
     """The nearest change of at most this rank in Frobenius norm, in the form of `canonical`.
 
-    Where there is less to keep than the rank has room for, B has zeros and A rows of length 1: the room can be trained.
+    Where there is less to keep than the rank has room for, B has zeros: the room can be trained.
 
     From QR of both factors and SVD of an R x R core, in float64: O((M + N) R^2 + R^3).
     Source: Eckart, Young 1936.
     """
     left, values, right = _svd(change)
     kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    room = values[:kept] <= 1e-12 * values[:1]
-    columns = left[:, :kept] * roots.where(~room, 0.0)
-    rows = roots.where(~room, 1.0)[:, None] * right[:kept]
+    length = math.sqrt(change.A.shape[1] / max(kept, 1))
+    kept_values = values[:kept].where(values[:kept] > 1e-12 * values[:1], 0.0)
+    columns, rows = left[:, :kept] * kept_values / length, right[:kept] * length
     largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(columns)
     return LowRank((columns * signs).to(change.B.dtype), (signs.T * rows).to(change.A.dtype))

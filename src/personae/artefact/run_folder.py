@@ -112,6 +112,12 @@ class RunFolder:
                 (folder / old).unlink()
         self._server, self._replaced, self._staged = name, [], {}
 
+    def begin_with(self, server: State, kept: Mapping[str, State]) -> None:
+        """A checkpoint before the first round, from which a resume starts."""
+        for client in sorted(kept):
+            self.stage(client, 0, kept[client])
+        self.commit(0, server)
+
     def restore(self) -> tuple[int, State, list[dict[str, Any]]] | None:
         """(last committed round, the server's state after it, the rounds' records), and the folder set back to it.
 

@@ -21,7 +21,15 @@ from personae.local.fit import Fitted, fit, gradients
 from personae.personal.lora import A, B, is_lora
 from personae.personal.tokens import is_word
 
-Inside = Literal["nearest", "factor_mean", "common_A", "corrected_mean", "geometric_median", "multi_krum"]
+Inside = Literal[
+    "nearest",
+    "factor_mean",
+    "common_A",
+    "corrected_mean",
+    "geometric_median",
+    "factor_geometric_median",
+    "multi_krum",
+]
 
 DESCRIPTOR = "descriptor"
 CLUSTER, CENTRE, REST, SEEN = "cluster", "centre", "rest", "seen"
@@ -59,8 +67,9 @@ class ClusterLora:
 
     `inside` combines a group's adapters: "nearest", exact but for what a group's rank has no room for, of which as much
     again is carried to the next round; "factor_mean" (FedIT); "common_A" (FFA-LoRA: A of orthonormal rows, the same for
-    all, never trains); "corrected_mean" (LoRA-FAIR); "geometric_median"; "multi_krum" against `attackers` of a group,
-    the geometric median where a group is too small for that. With `most_clusters` 1 they are the federated baselines of
+    all, never trains); "corrected_mean" (LoRA-FAIR); "geometric_median" (FedGeoMed), on products, or
+    "factor_geometric_median", on factors; "multi_krum" against `attackers` of a group, the geometric median where a
+    group is too small for that. With `most_clusters` 1 they are the federated baselines of
     those names.
 
     Source: Li et al. 2025, arXiv:2508.04745. Its formulas were not available to us: the description, how clients are
@@ -245,6 +254,8 @@ class ClusterLora:
 
     def _weights_inside(self, adapters: Sequence[Adapter], num_examples: Sequence[int]) -> list[float]:
         """What each update counts for by the rule, before newcomers count less."""
+        if self.inside == "factor_geometric_median":
+            return rules.factor_geometric_median_weights(adapters)
         if self.inside in ("nearest", *FACTORS):
             return rules.shares_of(num_examples)
         if self.inside == "multi_krum" and len(adapters) >= fewest("multi_krum", self.attackers):
@@ -328,6 +339,7 @@ FACTORS: Mapping[str, Callable[[Sequence[Adapter], Sequence[float]], dict[str, L
     "factor_mean": rules.factor_mean,
     "common_A": rules.common_A,
     "corrected_mean": rules.corrected_mean,
+    "factor_geometric_median": rules.factor_mean,
 }
 """Rules that work on factors. The others do on products, and do not mind which factors stand for one."""
 

@@ -125,6 +125,16 @@ class SavedRun:
                 f"{len(self._clients.train)} train with engine {self.recipe.engine!r}; set it to 0"
             )
 
+    def refuse_unknown(self, kept: Mapping[str, State]) -> None:
+        """Raises: ConfigError, for an engine whose clients keep their own, and for names of nobody here."""
+        if self.recipe.engine != "in_process":
+            raise ConfigError(
+                f"engine is {self.recipe.engine!r}, whose clients keep what is theirs where they are; what they are to "
+                "begin with can be given to 'in_process' only"
+            )
+        if unknown := sorted(kept.keys() - self._clients.data.keys()):
+            raise ConfigError(f"something was kept for {', '.join(unknown[:3])}, and no client is called so here")
+
     @cached_property
     def job(self) -> Job:
         """What an engine needs to carry this run."""

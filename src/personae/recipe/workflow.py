@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from personae.artefact.folder import refuse_existing
 from personae.artefact.run_folder import RunFolder
 from personae.artefact.save import read_toml, write_bytes
 from personae.backbone.shipped import is_shipped
-from personae.core import Watch, ignore
+from personae.core import State, Watch, ignore
 from personae.engine import engine_by_name
 from personae.errors import ArtefactError
 from personae.recipe.build import build_clients, patience, with_absolute_path
@@ -25,10 +25,13 @@ def run(
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
+    kept: Mapping[str, State] | None = None,
     watch: Watch = ignore,
 ) -> SavedRun:
     """Train, personalize, measure and report one recipe in a folder of its own, `runs/<name>` by default.
 
+    `kept` is what clients kept in an earlier run of the same base, by name: they begin with it, as if they had been in
+    a round before the first. With the engine "in_process" only: elsewhere it lies with the clients.
     Raises: ConfigError, DataError, ArtefactError (the folder exists), FederationError.
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
@@ -37,8 +40,13 @@ def run(
     plan = _absolute(plan)
     saved = SavedRun(folder, plan, build_clients(plan))
     saved.check()
-    with RunFolder(folder).begun():
-        # First of all: with it the folder can be resumed, and without it a run can be started there again.
+    if kept is not None:
+        saved.refuse_unknown(kept)
+    opened = RunFolder(folder)
+    with opened.begun():
+        if kept is not None:
+            opened.begin_with(saved.job.method.init(saved.job.members.initial(saved.job.seed)), kept)
+        # With it the folder can be resumed, so whatever it begins with is there by now.
         write_bytes(folder / "config.toml", to_toml(plan).encode())
     return _finish(saved, watch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,12 +34,16 @@ POPULATION_IMAGES = 32
 """Held-out images of training clients on which forgetting is measured."""
 
 
-def trained(folder: Path, recipe: str, changes: Sequence[str], seed: int) -> SavedRun:
+def trained(
+    folder: Path, recipe: str, changes: Sequence[str], seed: int, kept: Mapping[str, State] | None = None
+) -> SavedRun:
     """A recipe's run in a study's folder, with the study's threads: begun, taken up where it stopped, or as it is."""
     if (folder / "config.toml").is_file():
         return resume(folder)
+    if folder.exists():
+        shutil.rmtree(folder)  # stopped before its recipe was written
     own = [f"seed={seed}", f"machine.threads={torch.get_num_threads()}"]
-    return run(load_recipe(recipe, [*changes, *own]), folder)
+    return run(load_recipe(recipe, [*changes, *own]), folder, kept=kept)
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from personae.artefact.run_folder import RunFolder
+from personae.artefact.save import read_json
 from personae.core import Images, State, stream
 from personae.data.emoji import STYLES, pack
 from personae.data.partition import whole_counts
@@ -64,6 +65,25 @@ def server_of(folder: Path) -> State:
     if server is None:
         raise ArtefactError(f"{folder} holds no round of a server")
     return server
+
+
+def held_names(clients: Clients, name: str) -> set[str]:
+    """The names of a client's pictures. It is judged by others: it could draw its own from memory."""
+    every, data = list(pack().things), clients.data[name]
+    labels = [images.labels for images in (data.train, data.heldout) if images.labels is not None]
+    return {every[label] for each in labels for label in each.tolist()}
+
+
+WORDS_ONLY = ("rounds=1", "method.training.steps=0", "method.adapt.steps=0")
+"""Changes of a `cluster_lora` recipe with which clients describe themselves and learn their words, and no more.
+
+Neither depends on how adapters are trained or aggregated, so a seed's other runs begin with what is kept of this one.
+"""
+
+
+def kept_in(folder: Path) -> dict[str, State]:
+    """What every client kept in a finished run."""
+    return {name: RunFolder(folder).last_kept(name) for name in read_json(folder / "summary.json")["clients"]}
 
 
 def of_cluster(server: State, number: int) -> dict[str, Tensor]:

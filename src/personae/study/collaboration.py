@@ -2,8 +2,9 @@
 
 Every client has pictures in one style, or in a mixture of some, and its captions do not say which. "run": a variant's
 whole run at one learning rate, judged by its personal models' loss on held-out pictures; rates are tried with the first
-seed, and the others take the best one. "drawn": what these personal models draw of things that the base model knows,
-beside real renderings of the same things in the client's style.
+seed, and the others take the best one. All of a seed's runs begin with the words and descriptions of its first, "words
+only", which has no adapters. "drawn": what personal models draw of things that the base model knows, beside real
+renderings of the same things in the client's style. "sheets": every client's pictures side by side.
 
 `weights` are ways to weigh the groups in what is shared by all; they change nothing else, and each is measured on the
 groups of the first variant's runs.
@@ -12,6 +13,7 @@ groups of the first variant's runs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,14 +28,15 @@ from torch.nn.functional import normalize
 from personae.aggregate.low_rank import read, stacked, written
 from personae.aggregate.membership import groups_in
 from personae.aggregate.newcomers import familiar
-from personae.core import pick, stream
+from personae.artefact.save import load_state, save_state
+from personae.core import State, pick, stream
 from personae.data.emoji import STYLES, pack, scene_names
 from personae.data.style_mixtures import shares_of
 from personae.errors import ConfigError
 from personae.evaluate.distances import kid
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.grids import save_grid
-from personae.evaluate.grouping import adjusted_rand
+from personae.evaluate.grouping import adjusted_rand, auroc
 from personae.evaluate.loss import denoising_loss
 from personae.evaluate.text2image import StyleProbe, fit_style_probe, nearest_name
 from personae.evaluate.text2image_features import statistics
@@ -46,16 +49,27 @@ from personae.recipe.models import Model
 from personae.recipe.saved import SavedRun
 from personae.recipe.workflow import open_run
 from personae.study.bench import trained
-from personae.study.by_style import of_cluster, real_pictures, server_of, styles_of
+from personae.study.by_style import (
+    WORDS_ONLY,
+    held_names,
+    kept_in,
+    of_cluster,
+    real_pictures,
+    server_of,
+    styles_of,
+)
 from personae.study.collaboration_report import answer
 from personae.study.study import Answer, Cell, Row, file_name, where
 from personae.study.variants import Variant
+
+WORDS = "words only"
+NO_ADAPTERS: Mapping[str, Any] = {"variant": WORDS, "rate": 0.0}
 
 HALVINGS = 16
 """Ways to part the real pictures into two halves, over which the floor of a distance is averaged."""
 
 SHOWN = 8
-"""Pictures in a row of a grid."""
+"""Pictures in a row of a sheet."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,8 @@ class Collaboration:
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
+        if WORDS in names:
+            raise ConfigError(f"a variant is called {WORDS!r}, as the run is that all others begin with; rename it")
         if len(names) < 2 or len(set(names)) < len(names) or not set(self.rivals) <= set(names[1:]) or not self.rivals:
             raise ConfigError(
                 f"variants are {names}, rivals {list(self.rivals)}; expected two or more variants, each with a name of "
@@ -102,24 +118,32 @@ class Collaboration:
     # --- what is to be measured --------------------------------------------------------------------------------------
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
+        words: list[dict[str, Any]] = [{"stage": "run", **NO_ADAPTERS, "seed": seed} for seed in self.seeds]
+        if len(where(found, stage="run", variant=WORDS)) < len(words):
+            return words
         first: list[dict[str, Any]] = [
             {"stage": "run", "variant": variant.name, "rate": rate, "seed": self.seeds[0]}
             for variant in self.variants
             for rate in self.rates
         ]
-        if len(where(found, stage="run", seed=self.seeds[0])) < len(first):
-            return first
-        best = [{"variant": variant.name, "rate": best_rate(found, variant.name)} for variant in self.variants]
+        if len(where(found, stage="run", seed=self.seeds[0])) < 1 + len(first):
+            return [*words, *first]
+        best: list[Mapping[str, Any]] = [
+            {"variant": variant.name, "rate": best_rate(found, variant.name)} for variant in self.variants
+        ]
         others = [{"stage": "run", **of, "seed": seed} for seed in self.seeds[1:] for of in best]
-        if len(where(found, stage="run")) < len(first) + len(others):
-            return [*first, *others]
+        runs = [*words, *first, *others]
+        if len(where(found, stage="run")) < len(runs):
+            return runs
+        sheets = [{"stage": "sheets", "seed": self.seeds[0]}]
+        best.append(NO_ADAPTERS)
         drawn = [{"stage": "drawn", **of, "seed": seed} for seed in self.seeds for of in best]
         weighed = [
             {"stage": "weights", "weights": variant.name, **best[0], "seed": seed}
             for seed in self.seeds
             for variant in self.weights
         ]
-        return [*first, *others, *weighed, *drawn]
+        return [*runs, *weighed, *drawn, *sheets]
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         seed += int(cell["seed"])
@@ -127,12 +151,18 @@ class Collaboration:
             return self._run(cell, seed, folder)
         if cell["stage"] == "weights":
             return self._weighed(cell, seed, folder)
+        if cell["stage"] == "sheets":
+            return self._sheets(int(cell["seed"]), folder)
         return self._drawn(cell, seed, folder)
 
     def _run(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
-        variant = next(variant for variant in self.variants if variant.name == cell["variant"])
-        rate = [f"method.training.lr={cell['rate']}", f"method.adapt.lr={cell['rate']}"]
-        done = trained(_folder(folder, cell), self.recipe, [*self.changes, *variant.changes, *rate], seed)
+        if cell["variant"] == WORDS:
+            done = trained(_folder(folder, cell), self.recipe, [*self.changes, *WORDS_ONLY], seed)
+        else:
+            variant = next(variant for variant in self.variants if variant.name == cell["variant"])
+            rate = [f"method.training.lr={cell['rate']}", f"method.adapt.lr={cell['rate']}"]
+            kept = kept_in(_folder(folder, {**NO_ADAPTERS, "seed": cell["seed"]}))
+            done = trained(_folder(folder, cell), self.recipe, [*self.changes, *variant.changes, *rate], seed, kept)
         summary, styles = done.summary, styles_of(build_clients(done.recipe), done.recipe.data.styles)
         server = server_of(done.folder)
         figures = {
@@ -153,6 +183,7 @@ class Collaboration:
                 "entropies": _entropies(groups, seen),
                 "cosines": (normalize(seen, dim=1) @ normalize(seen, dim=1).T).tolist(),
                 "shares": [server.facts.get(f"share {n}", 0.0) for n in range(int(server.facts["clusters"]))],
+                "strangers": strangers(seen, list(styles.values())),
             }
         return figures
 
@@ -163,42 +194,60 @@ class Collaboration:
         clients = build_clients(run.recipe)
         styles = styles_of(clients, run.recipe.data.styles)
         by_style: dict[str, dict[str, Any]] = {}
-        grids = []
+        shown: dict[str, Tensor] = {}
         for style in dict.fromkeys(styles.values()):
-            order = torch.randperm(len(scene_names()), generator=stream(seed, "names", style)).tolist()
-            names = [scene_names()[at] for at in order]
             parts, told = [], []
             for place, client in enumerate(name for name, own in styles.items() if own == style):
-                new = [name for name in names if name not in _held(clients, client)]
-                own = [new[(place * self.num_names + at) % len(new)] for at in range(self.num_names)]
-                parts.append(self._of_client(run, client, own, seed))
-                told += own
-                if place == 0:
-                    grids.append(self._rows(run, client, style, own[:SHOWN], parts[0][:SHOWN], seed))
+                names = self._names(clients, client, style, place, seed)
+                parts.append(self._draw(run.model(client), names, seed, client, _wording(run)))
+                told += names
+                shown[client] = parts[-1][:SHOWN]
+                if cell["variant"] == self.variants[0].name:
+                    shown |= self._shared_rows(run, client, names[:SHOWN], seed)
             by_style[style] = self._judged(torch.cat(parts), told, style, seed)
-        (folder / "pictures").mkdir(exist_ok=True)
-        path = f"pictures/{file_name(str(cell['variant']), str(cell['seed']))}.png"
-        save_grid(folder / path, torch.cat(grids), columns=SHOWN)
-        return {"by_style": by_style, "picture": path}
+        kept = _kept_pictures(folder, str(cell["variant"]), int(cell["seed"]))
+        kept.parent.mkdir(exist_ok=True)
+        save_state(kept, State(extras=shown))
+        return {"by_style": by_style}
 
-    def _of_client(self, run: SavedRun, client: str, names: Sequence[str], seed: int) -> Tensor:
-        return self._draw(run.model(client), names, seed, client, _wording(run))
+    def _names(self, clients: Clients, client: str, style: str, place: int, seed: int) -> list[str]:
+        """What a client draws, which comes at this place among those of its style: nothing that it holds."""
+        order = torch.randperm(len(scene_names()), generator=stream(seed, "names", style)).tolist()
+        names, own = [scene_names()[at] for at in order], held_names(clients, client)
+        new = [name for name in names if name not in own]
+        return [new[(place * self.num_names + at) % len(new)] for at in range(self.num_names)]
 
     def _draw(self, model: Model, names: Sequence[str], seed: int, client: str, wording: str) -> Tensor:
         told = [wording.format(thing=pack().things[name].phrase) for name in names]
         return draw(model, told, stream(seed, "drawn", client), steps=self.sampler_steps, guidance=self.guidance)
 
-    def _rows(
-        self, run: SavedRun, client: str, style: str, names: Sequence[str], personal: Tensor, seed: int
-    ) -> Tensor:
-        """Real ones; the client's own; with its words and its group's adapter; with these and the one for all."""
+    def _shared_rows(self, run: SavedRun, client: str, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+        """What is drawn with the client's words and the adapters that it shares: its group's, and the one for all."""
         model, words, server = run.denoiser, pick(run.personal(client), is_word), server_of(run.folder)
-        rows = [real_pictures(style, names), personal]
-        group = groups_in(server.facts).get(client)
-        for adapter in (*([] if group is None else [of_cluster(server, group)]), run.released.params):
+        shared = {"group": of_cluster(server, groups_in(server.facts)[client]), "all": run.released.params}
+        rows = {}
+        for whose, adapter in shared.items():
             model.load({**adapter, **words})
-            rows.append(self._draw(model, names, seed, client, _wording(run)))
-        return torch.cat(rows)
+            rows[f"{client}/{whose}"] = self._draw(model, names, seed, client, _wording(run))
+        return rows
+
+    def _sheets(self, number: int, folder: Path) -> Mapping[str, Any]:
+        """A sheet for each client: real pictures, its personal model's, its group's, everybody's, other variants'."""
+        names = [*(variant.name for variant in self.variants), WORDS]
+        ours, *others = [load_state(_kept_pictures(folder, name, number)).extras for name in names]
+        recipe = open_run(_folder(folder, {**NO_ADAPTERS, "seed": number})).recipe
+        clients, turn, found = build_clients(recipe), Counter[str](), {}
+        for client, style in styles_of(clients, recipe.data.styles).items():
+            things = self._names(clients, client, style, turn[style], recipe.seed)[:SHOWN]
+            turn[style] += 1
+            rows = [ours[client], ours[f"{client}/group"], ours[f"{client}/all"], *(other[client] for other in others)]
+            found[client] = {"style": style, "picture": f"pictures/{client}.png"}
+            save_grid(
+                folder / found[client]["picture"],
+                torch.cat([real_pictures(style, things), *rows]),
+                columns=len(things),
+            )
+        return {"sheets": found}
 
     def _judged(self, drawn: Tensor, names: Sequence[str], style: str, seed: int) -> dict[str, Any]:
         features = _features(self.features)
@@ -254,15 +303,8 @@ class Collaboration:
     # --- the answer --------------------------------------------------------------------------------------------------
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        names = [variant.name for variant in self.variants]
+        names = [*(variant.name for variant in self.variants), WORDS]
         return answer(found, names, self.rivals, {name: best_rate(found, name) for name in names})
-
-
-def _held(clients: Clients, name: str) -> set[str]:
-    """The names of a client's pictures. It is judged by others: it could draw its own from memory."""
-    every, data = list(pack().things), clients.data[name]
-    labels = [images.labels for images in (data.train, data.heldout) if images.labels is not None]
-    return {every[label] for each in labels for label in each.tolist()}
 
 
 def best_rate(found: Sequence[Row], variant: str) -> float | None:
@@ -286,6 +328,33 @@ def _entropies(groups: Mapping[str, int], seen: Tensor) -> dict[str, float]:
         chances = known.chances(seen[at])[:-1]  # the last is for none of them
         found[name] = float(torch.special.entr(chances / chances.sum()).sum()) / math.log(2)
     return found
+
+
+def strangers(seen: Tensor, styles: Sequence[str]) -> dict[str, float]:
+    """How well clients of a style that nobody else has are told from the others by their descriptors, when it is that
+    style's turn to be unknown: the area under the curve of the cosine with the likest style's centre.
+
+    Of the others, each is compared with centres without it. `seen` has a descriptor in each row; clients with a mixture
+    of styles are left out, and those who are alone with theirs. Chance is 0.5; empty, where one style is left or none.
+    """
+    pure = [at for at, style in enumerate(styles) if len(shares_of(style)) == 1 and styles.count(style) > 1]
+    found: dict[str, float] = {}
+    if len({styles[at] for at in pure}) < 2:
+        return found
+    for new in dict.fromkeys(styles[at] for at in pure):
+        likeness = {}
+        for at in pure:
+            there = [k for k in pure if k != at and styles[k] != new]
+            names = sorted({styles[k] for k in there})
+            known = familiar(seen[there], [names.index(styles[k]) for k in there])
+            likeness[at] = float(known.likeness(seen[at]).max())
+        found[new] = auroc([-value for value in likeness.values()], [styles[at] == new for at in likeness])
+    return found
+
+
+def _kept_pictures(folder: Path, variant: str, number: int) -> Path:
+    """What is shown of a variant's drawings: of each client the first, and by the adapters that it shares."""
+    return folder / "pictures" / file_name(variant, f"{number}.safetensors")
 
 
 def _folder(folder: Path, cell: Cell) -> Path:

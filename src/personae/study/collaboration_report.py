@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -35,6 +36,12 @@ def answer(
                 f"Groups agree with styles by an adjusted Rand index of {min(numbers['agreement']):.2f} or more, over "
                 f"{len(grouped)} seeds; clients with a mixture of styles are not counted."
             )
+            if strangers := [fmean(row["strangers"].values()) for row in grouped if row["strangers"]]:
+                numbers["strangers"] = strangers
+                findings.append(
+                    "Clients of a style that nobody else has are told from the others by their descriptors alone with "
+                    f"an AUROC of {interval(strangers).told('.2f')}, over seeds; each style in its turn."
+                )
             numbers["mixtures"] = _mixtures(grouped)
             findings += [_where(style, found) for style, found in numbers["mixtures"].items()]
             charts.append(_map(grouped[0]))
@@ -48,14 +55,14 @@ def answer(
         if all(drawn[name] for name in rivals):
             told, numbers["against"] = _against(names[0], rivals, drawn, rows, styles)
             findings += told
-        for name in names:
+        for row in where(found, stage="sheets"):
             pictures += [
                 Picture(
-                    row["picture"],
-                    f"{name}: of each style real pictures, a client's own model, its group's adapter where there are "
-                    "groups, and the adapter for all, with the client's words.",
+                    sheet["picture"],
+                    f"{client}, {sheet['style']}. Down: real; {names[0]}: its own model, with its words its group's "
+                    f"adapter and the one for all; the own model of {', of '.join(names[1:])}.",
                 )
-                for row in drawn[name][:1]
+                for client, sheet in row["sheets"].items()
             ]
     if weighed := [row for row in found if row["stage"] == "weights"]:
         tables.append(_weights(weighed))
@@ -149,16 +156,19 @@ def _against(
     for key, among in [*((style, [style]) for style in styles), ("mean", list(styles))]:
         distances = {name: figures(name, "distance", among) for name in (ours, *rivals)}
         rival = min(rivals, key=lambda name: fmean(distances[name]))
-        apart, above = paired(distances[ours], distances[rival]), interval(distances[rival])
-        clear = above.low > 0 if above.num > 1 else above.mean > 0
-        ratio = fmean(distances[ours]) / above.mean if clear else None
+        apart, above = paired(distances[ours], distances[rival]), fmean(distances[rival])
+        ratio = fmean(distances[ours]) / above if _is_clear(distances[rival]) else None
+        both = [*zip(distances[ours], distances[rival], strict=True)]
+        logs = [math.log(a / b) for a, b in both] if min(map(min, both)) > 0 else None
         compared[key] = {"rival": rival, "ratio": ratio, "difference": vars(apart)}
+        compared[key]["log_ratio"] = None if logs is None else vars(interval(logs))
     rival = compared["mean"]["rival"]
     loss = paired([losses[ours][seed] for seed in seeds], [losses[rival][seed] for seed in seeds])
     alignments = (figures(who, what, styles) for who, what in ((ours, "alignment"), (rival, "alignment")))
     alignment = paired(*alignments)
     room = fmean(figures(ours, "alignment_real", styles)) - fmean(figures(rival, "alignment", styles))
     told = [f"{len(seeds)} seeds. " + " ".join(_compared(key, ours, found) for key, found in compared.items())]
+    told.append(_judged(ours, compared))
     told.append(
         f"Held-out loss of personal models, {ours} minus {rival}: {loss.told('+.4f')}. Alignment (LSA-1), {ours} minus "
         f"{rival}: {alignment.told('+.4f')}; real pictures minus {rival}: {room:+.4f}. {PAPERS}"
@@ -171,7 +181,31 @@ def _compared(key: str, ours: str, found: Mapping[str, Any]) -> str:
     told = Interval(**found["difference"]).told("+.4f")
     if found["ratio"] is None:
         return f"{where_} {found['rival']} is not clearly above the floor; {ours} differs from it by {told}."
-    return f"{where_} {ours} is {found['ratio']:.2f} times as far above the floor as {found['rival']}, {told}."
+    logs = found["log_ratio"]
+    ends = [] if logs is None or logs["num"] < 2 else [math.exp(logs[end]) for end in ("low", "high")]
+    span = f" (by its logarithm {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+    return f"{where_} {ours} is {found['ratio']:.2f}{span} times as far above the floor as {found['rival']}, {told}."
+
+
+IN_ONE, ON_AVERAGE = 0.8, 1.0
+"""How many times as far above the floor as the best rival personal models are to be at most."""
+
+
+def _judged(ours: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
+    styles = {key: found["ratio"] for key, found in compared.items() if key != "mean" and found["ratio"] is not None}
+    near, mean = [key for key, ratio in styles.items() if ratio <= IN_ONE], compared["mean"]["ratio"]
+    one = f"reached in {', '.join(near)}" if near else "missed"
+    whole = "not told" if mean is None else "reached" if mean <= ON_AVERAGE else "missed"
+    return (
+        f"Hoped for: {IN_ONE} times in one of {len(styles)} styles, which are as many chances: {one}; "
+        f"{ON_AVERAGE} times on average: {whole}."
+    )
+
+
+def _is_clear(distances: Sequence[float]) -> bool:
+    """Whether the mean is three standard errors above the floor; of one seed, above it."""
+    error = stdev(distances) / math.sqrt(len(distances)) if len(distances) > 1 else 0.0
+    return fmean(distances) > 3 * error
 
 
 def _costs(rows: Mapping[str, Sequence[Row]]) -> Table:

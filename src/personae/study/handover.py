@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from personae.artefact.save import load_state, save_state
 from personae.core import Batch, NoiseSchedule, State, device_of, pick, stream
-from personae.data.emoji import STYLES, pack
+from personae.data.emoji import STYLES, pack, scene_names
 from personae.errors import ConfigError, DataError
 from personae.evaluate.distances import frechet, kid
 from personae.evaluate.grids import save_grid
@@ -55,7 +55,7 @@ from personae.recipe.models import build_denoiser
 from personae.recipe.saved import SavedRun
 from personae.recipe.workflow import open_run
 from personae.study.bench import trained
-from personae.study.by_style import server_of, styles_of
+from personae.study.by_style import held_names, server_of, styles_of
 from personae.study.handover_report import handover_answer
 from personae.study.study import Answer, Cell, Row, where
 
@@ -67,16 +67,16 @@ FEWEST_NAMES = 4
 class Handover:
     """`recipe` is that of a `cluster_lora` run on emoji, and `changes` are overrides of it, "key=value".
 
-    Every client that trains draws `num_names` things that the style probe was not fitted on: the first of a style the
-    first names, the second the next ones, so that all styles draw the same. `shares` are the server's, of the model's
-    calls; 0, where all is drawn at home, is what the others are compared with.
+    Every client that trains draws `num_names` things that it does not hold and that the style probe was not fitted on,
+    of those that the base knows best (`scene_names`): what is drawn of others has hardly a style to lose. `shares` are
+    the server's, of the model's calls; 0, where all is drawn at home, is what the others are compared with.
     """
 
     recipe: str = "collaborative/styles"
     changes: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
-    num_names: int = 40
+    num_names: int = 24
     sampler: Sampler = "dpmsolver++"
     steps: int = 20
     guidance: float = 3.0
@@ -208,6 +208,7 @@ class Federation:
     server: Any
     state: State
     styles: Mapping[str, str]
+    held: Mapping[str, Collection[str]]
     probe: StyleProbe
 
     @property
@@ -222,15 +223,13 @@ class Federation:
 
     def names(self, count: int) -> dict[str, tuple[str, ...]]:
         """What every client draws. Raises: DataError, when there are too few names."""
-        names, turn, dealt = self.probe.other_names, dict.fromkeys(self.styles.values(), 0), {}
-        for client, style in self.styles.items():
-            dealt[client] = names[turn[style] : turn[style] + count]
-            turn[style] += count
-        if (most := max(turn.values())) > len(names):
+        known = [name for name in scene_names() if name in set(self.probe.other_names)]
+        new = {client: [name for name in known if name not in self.held[client]] for client in self.styles}
+        if (fewest := min(map(len, new.values()))) < count:
             raise DataError(
-                f"clients of one style want to draw {most} things, and there are {len(names)}; lower num_names"
+                f"every client is to draw {count} things that it does not hold, and one has {fewest}; lower num_names"
             )
-        return dealt
+        return {client: tuple(names[:count]) for client, names in new.items()}
 
     def of_cluster(self, client: str) -> Any:
         """The model with the adapter of the client's group, as the server has it, and the client's own words."""
@@ -252,7 +251,8 @@ def opened(folder: Path) -> Federation:
         raise DataError(f"all clients in {folder} draw {', '.join(known)}; a style can be told among two or more")
     for model in (server, run.denoiser):
         base_digest(model)  # once, and before anybody's seconds are taken
-    return Federation(run, server, state, styles, fit_style_probe(known))
+    held = {name: held_names(clients, name) for name in styles}
+    return Federation(run, server, state, styles, held, fit_style_probe(known))
 
 
 # --- a drawing by two -------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Clients that come when groups are there: are they told apart, does it help them, does it harm the others?
 
 In every federation one style is withheld: its clients come in round `late_from`, and with them one client of each other
-style. "together": nobody is late. "late": they come in that round. "without": they never come. "before": nor here, and
-it ends with the round before they would. "adapt": a newcomer of a known style trains alone, round after round, from its
-group's adapter and from nothing; its groups are those of "without", its words those that it learned in "late", and its
-oracle is the loss that it has in "together".
+style, another one for each withheld style. "words": everybody's words and descriptions, with which all others begin.
+"together": nobody is late. "late": they come in that round. "without": they never come. "adapt": a newcomer of a known
+style trains alone, round after round, from its group's adapter and from nothing; its groups are those of "without", and
+its oracle is the loss that it has in "together".
 
 Losses are those of everybody's adapter as the run leaves it: with `method.adapt.steps` 0 that is the group's, and says
 what newcomers did to it.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from personae.aggregate.membership import NEWCOMER, groups_in
-from personae.artefact.run_folder import RunFolder
 from personae.core import Arrays, Job, State, pick
 from personae.data.emoji import STYLES
 from personae.engine.in_process import personalize_one
@@ -33,11 +32,11 @@ from personae.recipe.config import load_recipe
 from personae.recipe.saved import SavedRun
 from personae.recipe.workflow import open_run
 from personae.study.bench import adapting, trained
-from personae.study.by_style import server_of, styles_of
+from personae.study.by_style import WORDS_ONLY, kept_in, server_of, styles_of
 from personae.study.newcomers_report import answer
 from personae.study.study import Answer, Cell, Row, where
 
-KINDS = ("late", "without", "before")
+KINDS = ("late", "without")
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,9 @@ class Newcomers:
             )
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
+        words: list[dict[str, Any]] = [{"stage": "words", "seed": seed} for seed in self.seeds]
+        if len(where(found, stage="words")) < len(words):
+            return words
         together: list[dict[str, Any]] = [{"stage": "together", "seed": seed} for seed in self.seeds]
         federations: list[dict[str, Any]] = [
             {"stage": stage, "withheld": style, "seed": seed}
@@ -83,19 +85,22 @@ class Newcomers:
             for name in row["newcomers"]
             if row["styles"][name] != row["withheld"]
         ]
-        return [*together, *federations, *adapted]
+        return [*words, *together, *federations, *adapted]
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         seed, style = seed + int(cell["seed"]), str(cell.get("withheld", ""))
         if cell["stage"] == "adapt":
             return self._adapt(cell, seed, folder)
+        if cell["stage"] == "words":
+            done = trained(_folder(folder, cell), self.recipe, [*self.changes, *WORDS_ONLY], seed)
+            return {"seconds": done.summary["wall_seconds"]}
         changes = list(self.changes)
         if cell["stage"] != "together":
             rounds = load_recipe(self.recipe, self.changes).rounds
             when = self.late_from if cell["stage"] == "late" else rounds + 1
             changes += [f"federation.late={_listed(self._late(style, seed))}", f"federation.late_from={when}"]
-            changes += [f"rounds={self.late_from - 1}"] if cell["stage"] == "before" else []
-        done = trained(_folder(folder, cell), self.recipe, changes, seed)
+        kept = kept_in(_folder(folder, {"stage": "words", "seed": cell["seed"]}))
+        done = trained(_folder(folder, cell), self.recipe, changes, seed, kept)
         figures: dict[str, Any] = {
             "losses": {name: figure["heldout_loss"] for name, figure in done.summary["clients"].items()},
             "styles": styles_of(build_clients(done.recipe), done.recipe.data.styles),
@@ -116,7 +121,7 @@ class Newcomers:
         """Losses before the first round and after each, with equal words, rounds and draws from both starts."""
         name = str(cell["client"])
         run = open_run(_folder(folder, {**cell, "stage": "without"}))
-        kept = RunFolder(_folder(folder, {**cell, "stage": "late"})).last_kept(name)
+        kept = kept_in(_folder(folder, {"stage": "words", "seed": cell["seed"]}))[name]
         clients, method = build_clients(run.recipe), run.recipe.method
         assert isinstance(method, ClusterLora), "checked when the study was read"
         still = adapting(method, dataclasses.replace(method.adapt, steps=0))
@@ -149,11 +154,13 @@ class Newcomers:
     # --- who is late -------------------------------------------------------------------------------------------------
 
     def _late(self, withheld: str, seed: int) -> list[str]:
-        """All clients of the withheld style, and the first of each other one."""
+        """All clients of the withheld style, and one of each other: the first, the second and so on in their turn."""
         recipe = load_recipe(self.recipe, [*self.changes, f"seed={seed}"])
-        styles = styles_of(build_clients(recipe), recipe.data.styles)
-        first = {style: name for name, style in reversed(styles.items())}
-        return sorted(name for name, style in styles.items() if style == withheld or first[style] == name)
+        styles, turn = styles_of(build_clients(recipe), recipe.data.styles), self.withheld.index(withheld)
+        members = {style: [name for name in styles if styles[name] == style] for style in styles.values()}
+        return sorted(
+            name for style, own in members.items() for name in (own if style == withheld else [own[turn % len(own)]])
+        )
 
     # --- the answer --------------------------------------------------------------------------------------------------
 
