@@ -43,6 +43,22 @@ def test_warm_up_leaves_the_random_codes_alone(tmp_path):
         assert kept.facts == {"trained": not warm}
 
 
+def test_noise_is_there_while_a_vector_trains_and_gone_afterwards(tmp_path):
+    still, noisy = replace(TRAINING, steps=0), replace(METHOD, embedding_noise=0.5)
+    kept = kept_after(replace(noisy, training=still), tmp_path / "still", 1)
+    assert torch.allclose(kept.params[EMBEDDING], code(tiny_population(), "c0"), atol=1e-6)
+    plain, first, again = (InProcess().run(tiny_job(method, rounds=2)) for method in (METHOD, noisy, noisy))
+    assert differing(first.server.params, again.server.params) == []
+    assert differing(first.server.params, plain.server.params), "the backbone saw other vectors"
+    moved = (first.personal["c0"].params[EMBEDDING] - plain.personal["c0"].params[EMBEDDING]).abs().max()
+    assert 0 < moved < 0.1, "and no noise is left in the client's"
+    late = replace(noisy, embedding_warmup_rounds=1)
+    warmed = kept_after(late, tmp_path / "late", 1)
+    assert torch.equal(warmed.params[EMBEDDING], code(tiny_population(), "c0")), "nor is there any before it trains"
+    with pytest.raises(ConfigError, match="embedding_noise is -1"):
+        replace(METHOD, embedding_noise=-1)
+
+
 def test_a_client_whose_vector_never_moved_adapts_like_a_new_one():
     """Its random code says nothing about it."""
     never = replace(METHOD, embedding_warmup_rounds=2, adapt=Training(0, 1e-2, 4))

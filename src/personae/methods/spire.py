@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+
+import torch
 
 from personae.core import (
     Arrays,
@@ -17,6 +22,7 @@ from personae.core import (
     everything,
     neither,
     pick,
+    stream,
     under,
 )
 from personae.errors import ConfigError
@@ -33,7 +39,9 @@ class Spire:
 
     `embedding_rate` is the vector's learning rate over the backbone's, under `embedding_optimizer`; for the first
     `embedding_warmup_rounds` rounds vectors stay at their random codes, since fast vectors under a young backbone can
-    starve a mode for good.
+    starve a mode for good. `embedding_noise` is the standard deviation of what is added to the vector while it trains
+    in one round, and taken off afterwards, so that the backbone comes to know what lies around its clients' vectors;
+    they begin as N(0, 1). The noise is our own.
 
     Source: Ozkara, Zhou, Diggavi 2025, arXiv:2506.12303. Its pseudocode and settings were not available to us: the
     joint step, the null vector, the warm-up and every default are ours. Expected numbers: docs/papers.md.
@@ -44,6 +52,11 @@ class Spire:
     embedding_rate: float = 3.0
     embedding_optimizer: OptimizerName = "adam"
     embedding_warmup_rounds: int = 0
+    embedding_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.embedding_noise < math.inf:
+            raise ConfigError(f"embedding_noise is {self.embedding_noise}, expected 0 or more")
 
     @property
     def personal(self) -> Select:
@@ -63,7 +76,8 @@ class Spire:
     def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
         warm = int(got.facts["round"]) >= self.embedding_warmup_rounds
         bent = replace(client, plan=replace(client.plan, rate=self._rate, optimizer=self._optimizer))
-        fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
+        with self._noise(client) if warm else nullcontext():
+            fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
         shared, own = divide(client.model.params(), self.personal)
         moments = pick(fitted.moments, lambda name: name.endswith(EMBEDDING) and not name.endswith(NULL_EMBEDDING))
         trained = warm or bool(kept.facts.get("trained", False))
@@ -82,6 +96,17 @@ class Spire:
         client.model.load({**client.model.params(), EMBEDDING: start}, len(start))
         fit_together(client.together, self.personal, self.adapt)  # the backbone is at rest: vectors do not meet
         return State(pick(client.model.params(), self.personal))
+
+    @contextmanager
+    def _noise(self, client: Client) -> Iterator[None]:
+        if not self.embedding_noise:
+            yield
+            return
+        vector, rng = client.model.live()[EMBEDDING], stream(client.rng.initial_seed(), "embedding noise")
+        added = (self.embedding_noise * torch.randn(vector.shape, generator=rng)).to(vector)
+        vector.data += added
+        yield
+        vector.data -= added
 
     def _rate(self, name: str) -> float:
         return self.embedding_rate if self.personal(name) else 1.0
