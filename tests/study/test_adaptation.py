@@ -105,6 +105,21 @@ def test_the_answer_pairs_clients_and_counts_them():
     assert [row[:3] for row in best] == [["8", "spire", 4], ["8", "fedavg_ft", 4]]
 
 
+def test_training_clients_are_compared_too_without_those_who_are_new():
+    rows = found()
+    for row in rows:
+        if row["stage"] == "train" and row["rival"] == "spire":
+            row["clients"]["c0"] |= {"loss": 0.25 - 0.1 * (1 + row["seed"]), "kid": 0.5, "distance": None}
+            row["clients"]["c1"] |= {"loss": 9.0}
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
+    trained = {one["figure"]: one for one in answer.numbers["trained"]}
+    assert trained.keys() == {"loss", "kid", "copy"} and trained["kid"]["mean"] == 0.5
+    assert trained["loss"]["mean"] == pytest.approx(-0.2) and trained["loss"]["num"] == 3
+    (table,) = [table for table in answer.tables if table.title == "Training clients, paired differences"]
+    assert table.rows[0][:2] == ["fedavg_ft", 3] and len(table.rows[0]) == len(table.columns)
+    assert any(told.startswith("Training clients: spire against fedavg_ft: held-out loss") for told in answer.findings)
+
+
 def test_no_ratio_where_the_rival_is_at_the_floor():
     rows = found()
     for row in rows:

@@ -66,6 +66,29 @@ def test_rivals_must_be_beaten_everywhere(means, verdict):
     assert papers.beats_rivals("loss")({}).verdict == "not measured"
 
 
+def test_kinds_of_new_clients_have_claims_of_their_own():
+    numbers = {"paired": [pair("loss", 0.5), {**pair("loss", -0.5), "kind": "seen"}]}
+    assert papers.beats_rivals("loss", "seen")(numbers).verdict == "agrees"
+    assert papers.beats_rivals("loss")(numbers).verdict == "disagrees"
+
+
+@pytest.mark.parametrize(("means", "verdict"), [((-0.5, 0.0), "agrees"), ((0.5, 0.0), "partly"), ((0.5,), "disagrees")])
+def test_training_clients_may_not_be_worse_off_than_with_a_rival_that_pools_nothing(means, verdict):
+    pooling = {**pair("loss", 9.0), "rival": papers.REFERENCE}
+    numbers = {"trained": [*(pair("loss", mean) for mean in means), pooling, pair("copy", 9.0)]}
+    assert papers.is_no_worse_trained(numbers).verdict == verdict
+    assert papers.is_no_worse_trained({"paired": []}).verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"), [((0.5, 0.0), "agrees"), ((-0.5, 0.0), "partly"), ((-0.5,), "disagrees")]
+)
+def test_a_lower_copy_ratio_is_more_copying(means, verdict):
+    numbers = {"paired": [*(pair("copy", mean) for mean in means), {**pair("copy", -9.0), "rival": "local_only"}]}
+    assert papers.copies_no_more(numbers).verdict == verdict
+    assert papers.copies_no_more({"paired": [pair("loss", 0.1)]}).verdict == "not measured"
+
+
 def test_a_share_of_the_weights_is_judged_by_the_number():
     few, many = ({"sizes": [{"variant": "a", "trained": n, "parameters": 10**7}]} for n in (1000, 1001))
     assert papers.few_numbers(few).verdict == "agrees" and papers.few_numbers(many).verdict == "partly"

@@ -17,7 +17,12 @@ from personae.study.stats import Difference, Interval, by_seeds, interval
 from personae.study.study import Answer, Chart, Entry, Row, Table, where
 
 TONES = ("after", "before", "up", "down", "real", "ink")
-FIGURES = {"loss": "held-out loss", "distance": "histogram distance", "kid": "kernel distance"}
+FIGURES = {
+    "loss": "held-out loss",
+    "distance": "histogram distance",
+    "kid": "kernel distance",
+    "copy": "copy ratio",
+}
 EVERYONE = "all"
 
 
@@ -30,6 +35,9 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
     images = sorted({row["images"] for row in grid}, key=lambda n: n or math.inf)
     findings: list[str] = []
     tables = [_trained_table(trained, rivals)] if trained else []
+    before = _of_training_clients(trained, rivals)
+    if before:
+        tables.append(_trained_differences(before, rivals[0]))
     charts = []
     if grid:
         tables.append(_spread_table(grid, rivals, images))
@@ -46,6 +54,12 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
             charts.insert(0, _paired_chart(differences, ours))
         findings = [_sentence(ours, at, found) for at, found in differences.items() if at[2] == EVERYONE]
         findings += [*_by_kind(ours, differences), *_lost(final)]
+        findings += [f"Training clients: {_verdicts(ours, rival, found)}." for rival, found in before.items()]
+        numbers["trained"] = [
+            {"rival": rival, "figure": name, **found.numbers}
+            for rival, by_figure in before.items()
+            for name, found in by_figure.items()
+        ]
         numbers["diverged"] = sum(len(row.get("diverged", ())) for row in final)
         numbers["paired"] = [
             {
@@ -223,8 +237,28 @@ def _differences(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[in
     return found
 
 
+def _of_training_clients(rows: Sequence[Row], rivals: Sequence[str]) -> Mapping[str, Mapping[str, Difference]]:
+    """Ours minus each rival, by figure, with the personal models of those who trained."""
+    clients = {rival: people(where(rows, rival=rival)) for rival in rivals}
+    own = {name: {at: c for at, c in found.items() if c["role"] == "train"} for name, found in clients.items()}
+    found = {
+        rival: {name: by_seeds(_each(own[rivals[0]], name), _each(own[rival], name)) for name in FIGURES}
+        for rival in rivals[1:]
+    }
+    return {rival: told for rival, by in found.items() if (told := {k: v for k, v in by.items() if v is not None})}
+
+
 def _each(clients: People, figure: str) -> dict[tuple[int, str], float]:
-    return {at: client[figure] for at, client in clients.items()}
+    return {at: client[figure] for at, client in clients.items() if client.get(figure) is not None}
+
+
+def _trained_differences(differences: Mapping[str, Mapping[str, Difference]], ours: str) -> Table:
+    titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
+    entries: list[list[Entry]] = [
+        [rival, found["loss"].pooled.num, *_texts(found)] for rival, found in differences.items()
+    ]
+    note = f"{BELOW.format(ours=ours)} Personal models of those who trained, at each recipe's own settings, all seeds."
+    return Table("Training clients, paired differences", (f"{ours} minus", "pairs", *titles), entries, note)
 
 
 def _paired_table(differences: Differences, ours: str) -> Table:
@@ -237,26 +271,37 @@ def _paired_table(differences: Differences, ours: str) -> Table:
     note = (
         "Mean paired difference and its 95 % interval by Student's t: over all clients, as if they were independent, "
         "though clients of a seed share its trained models, and over the means of the seeds, which errs to the other "
-        f"side with few of them. Below 0 is better for {ours}; * excludes 0. Seen: the mix of classes of a client that "
+        f"side with few of them. {BELOW.format(ours=ours)} Seen: the mix of classes of a client that "
         "trained; mixed: half and half those of two; absent: a class that nobody had."
     )
     return Table("Paired differences", columns, entries, note)
 
 
+BELOW = "Below 0 is better for {ours}, of the copy ratio above 0; * excludes 0."
+
+
 def _texts(found: Mapping[str, Difference]) -> list[str]:
-    return [_text(one) for name in FIGURES for one in (found[name].pooled, found[name].over_seeds)]
+    both = [(found[name].pooled, found[name].over_seeds) if name in found else () for name in FIGURES]
+    return [text for pair in both for text in (map(_text, pair) if pair else ("", ""))]
 
 
 def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Difference]) -> str:
     rival, count, _ = at
+    return f"With {_count(count)} images, {_verdicts(ours, rival, found)}."
 
+
+def _verdicts(ours: str, rival: str, found: Mapping[str, Difference]) -> str:
     def verdict(difference: Difference) -> str:
         if not difference.pooled.excludes(0):
             return "no difference that can be told"
         return ("lower" if difference.pooled.mean < 0 else "higher") + difference.reservation
 
-    parts = [f"{title} {verdict(found[name])}, {_text(found[name].pooled)}" for name, title in FIGURES.items()]
-    return f"With {_count(count)} images, {ours} against {rival}: {'; '.join(parts)}."
+    parts = [
+        f"{title} {verdict(found[name])}, {_text(found[name].pooled)}"
+        for name, title in FIGURES.items()
+        if name in found
+    ]
+    return f"{ours} against {rival}: {'; '.join(parts)}"
 
 
 def _by_kind(ours: str, differences: Differences) -> list[str]:

@@ -165,11 +165,11 @@ def mixture_new_clients(numbers: Numbers) -> Judged:
     )
 
 
-def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
-    """Ours minus every rival that pools no data, all new clients together."""
+def beats_rivals(figure: str, kind: str = "all") -> Callable[[Numbers], Judged]:
+    """Ours minus every rival that pools no data, all new clients together, or those of one kind."""
 
     def judge(numbers: Numbers) -> Judged:
-        pairs = [p for p in numbers.get("paired", ()) if p["kind"] == "all" and p["figure"] == figure]
+        pairs = [p for p in numbers.get("paired", ()) if p["kind"] == kind and p["figure"] == figure]
         pairs = [p for p in pairs if p["rival"] != REFERENCE]
         if not pairs:
             return Judged("", "not measured", "the final stage was not measured yet")
@@ -189,6 +189,37 @@ def beats_rivals(figure: str) -> Callable[[Numbers], Judged]:
         return Judged(told, verdict, why)
 
     return judge
+
+
+def is_no_worse_trained(numbers: Numbers) -> Judged:
+    """Personal models of training clients: ours minus every rival that pools no data."""
+    pairs = [p for p in numbers.get("trained", ()) if p["rival"] != REFERENCE and p["figure"] in WORSE]
+    if not pairs:
+        return Judged("", "not measured", "the study's last run did not compare its training clients")
+    told = "; ".join(f"{p['rival']}, {WORSE[p['figure']]}: {_interval(p).told('+.3g')}" for p in pairs)
+    worse = [p for p in pairs if _interval(p).low > 0]
+    verdict: Verdict = "agrees" if not worse else "partly" if len(worse) < len(pairs) else "disagrees"
+    return Judged(told, verdict, f"higher, that is worse, than the rival in {len(worse)} of {len(pairs)} cases")
+
+
+WORSE = {"loss": "held-out loss", "distance": "histogram distance", "kid": "kernel distance"}
+
+
+def copies_no_more(numbers: Numbers) -> Judged:
+    """Ours minus fine-tuning; a smaller copy ratio is more copying."""
+    pairs = [p for p in numbers.get("paired", ()) if p["figure"] == "copy" and p["rival"] == FINE_TUNING]
+    pairs = [p for p in pairs if p["kind"] == "all"]
+    if not pairs:
+        return Judged("", "not measured", "the study's last run did not compare copying")
+    told = "; ".join(f"{p['images'] or 'all'} images: {_interval(p).told('+.3g')}" for p in pairs)
+    more = [p for p in pairs if _interval(p).high < 0]
+    verdict: Verdict = "agrees" if not more else "partly" if len(more) < len(pairs) else "disagrees"
+    return Judged(
+        f"copy ratio above that of fine-tuning by {told}", verdict, f"lower, that is more copying, in {len(more)}"
+    )
+
+
+FINE_TUNING = "fedavg_ft"
 
 
 def _interval(numbers: Numbers) -> Interval:
@@ -308,6 +339,20 @@ CLAIMS: tuple[Claim, ...] = (
             ("unseen/faces", "drawn faces, one class each"),
         )
         for figure, what in (("loss", "held-out loss"), ("kid", "kernel distance"))
+    ),
+    *(
+        claim
+        for recipe, dealt in (("unseen/one_class", "digits"), ("unseen/mnist5k", "MNIST"), ("unseen/faces", "faces"))
+        for claim in (
+            Claim(
+                SPIRE,
+                f"new clients like a training one beat every rival ({dealt}, held-out loss)",
+                recipe,
+                beats_rivals("loss", "seen"),
+            ),
+            Claim(SPIRE, f"training clients are no worse off than with a rival ({dealt})", recipe, is_no_worse_trained),
+            Claim(SPIRE, f"adapting copies no more than fine-tuning ({dealt})", recipe, copies_no_more),
+        )
     ),
     Claim(SPIRE, "adapting forgets nothing of others", "unseen/one_class", forgets_nothing),
     Claim(SPIRE, "embeddings act as mixing weights (real images)", "unseen/embeddings", mix_is_read),
