@@ -1,5 +1,6 @@
 """Reading a recipe says all that is wrong with it, and writing it back loses nothing."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -280,3 +281,9 @@ def test_what_adapters_by_style_would_ignore_is_refused(tmp_path, override, mess
     assert load_recipe(path, ["wrap.proximal.mu=0.1"]).method.method.inside == "nearest"
     (problem,) = problems(override, recipe=path)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_states_what_it_costs(path):
+    comments = " ".join(line.lstrip("# ") for line in path.read_text("utf-8").split("\n") if line.startswith("#"))
+    assert re.search(r"CPU-(second|minute|hour)", comments), comments
