@@ -3,8 +3,8 @@
     python benchmarks/record.py runs/theory-two-components theory/two_components
 
 Writes its summary to src/personae/study/results/, its tables and findings to docs/studies/<name>.md, its charts and
-pictures beside that page, and the table of claims into docs/papers.md. The folder's settings must be those of the
-shipped recipe.
+pictures beside that page, a line of docs/studies/README.md, and the table of claims into docs/papers.md. The folder's
+settings must be those of the shipped recipe.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def record(folder: Path, recipe: str) -> None:
     for picture in answer.pictures:
         shutil.copy(folder / picture.path, PAGES / name)
     write_bytes(PAGES / f"{name}.md", page(saved, answer, recipe, name).encode())
+    write_bytes(PAGES / "README.md", papers.index().encode())
     claims = ROOT / "docs" / "papers.md"
     text = claims.read_text("utf-8")
     told = f"<!-- claims -->\n{papers.markdown(papers.table())}\n<!-- end of claims -->"

@@ -52,7 +52,7 @@ def test_cells():
     assert STUDY.cells([]) == [{"stage": "train", "seed": 0}]
     cells = STUDY.cells([{"stage": "train", "seed": 0}])
     assert [c["first"] for c in cells if c["stage"] == "read"] == [0, 10, 20]
-    assert len([c for c in cells if c["stage"] == "start"]) == 6
+    assert len([c for c in cells if c["stage"] == "start"]) == 8
 
 
 def row(start, steps, loss):
@@ -63,7 +63,9 @@ def row(start, steps, loss):
 
 
 def test_the_answer_says_which_start_helps():
-    rows = [row(start, 0, loss) for start, loss in (("population", 0.5), ("mean", 0.5), ("nearest", 0.3))]
+    rows = [
+        row(start, 0, loss) for start, loss in (("population", 0.5), ("zero", 0.7), ("mean", 0.5), ("nearest", 0.3))
+    ]
     rows.append(
         {
             "stage": "walk",
@@ -77,6 +79,7 @@ def test_the_answer_says_which_start_helps():
     )
     answer = STUDY.answer(rows)
     assert [f for f in answer.findings if f.startswith("Starting from the nearest")]
+    assert [f for f in answer.findings if f.startswith("Starting from zero instead of the population's vector")]
     walk = answer.numbers["walk"]
     assert walk["bend"] == pytest.approx(0.3) and walk["ends"] == pytest.approx(1.0) and 0 < walk["counting"] < 0.1
     assert [picture.path for picture in answer.pictures] == ["w.png"]

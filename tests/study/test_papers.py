@@ -24,6 +24,20 @@ def test_every_result_belongs_to_a_claim_or_a_recipe():
         assert read_table(f"{recipe}/{path.stem.removeprefix(recipe + '-')}")[0]["name"] == summary["name"]
 
 
+def test_every_study_has_a_line_of_the_index():
+    page = (DOCS / "studies" / "README.md").read_text("utf-8")
+    assert page == papers.index() and page.count("\n| [") == len(list(papers.RESULTS.glob("*.json")))
+    links = re.findall(r"\]\((.*?\.md)\)", page)
+    assert links and all((DOCS / "studies" / link).is_file() for link in links)
+
+
+def test_the_mixture_federation_was_reproduced_within_its_limits():
+    """Pre-training below 0.05 nats in every seed; new clients below half of fine-tuning wherever training converged."""
+    numbers = json.loads(papers.result_path("theory/mixture_federation").read_text("utf-8"))["numbers"]
+    assert numbers["spire_seeds_below_0.05"] == numbers["seeds"] == 5
+    assert numbers["new_clients_half_of_fine_tuning"] == numbers["new_clients_points"] >= 18
+
+
 def test_without_results_nothing_is_claimed(tmp_path):
     lines = papers.table(tmp_path)
     assert {line.verdict for line in lines} == {"not measured"} and {line.measured for line in lines} == {""}

@@ -11,6 +11,7 @@ from personae.testing.faulty import (
     MixesUpNewcomers,
     MutatesServerState,
     RemembersInAggregate,
+    UploadsAPicture,
     UploadsItsEmbedding,
 )
 
@@ -22,6 +23,7 @@ FAULTS = {
         UploadsItsEmbedding(SPIRE, "signature"),
         "the values of embedding.weight under the name extras/signature0",
     ),
+    "a picture": (UploadsAPicture(SPIRE), "no tensor of what 'c0' sends holds a picture"),
     "remembers": (RemembersInAggregate(SPIRE), "`aggregate` remembers nothing"),
     "order": (DependsOnArrivalOrder(SPIRE), "`aggregate` ignores the order in which updates arrive"),
     "mutates": (MutatesServerState(SPIRE), "`aggregate` leaves its arguments alone; the server's state changed in"),

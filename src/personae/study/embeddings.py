@@ -1,10 +1,10 @@
-"""Is a client's embedding its mixing weight? Read back from it, walked along, and started from in three ways.
+"""Is a client's embedding its mixing weight? Read back from it, walked along, and started from in four ways.
 
 "train": a SPIRE run per seed. "read": many made-up clients, each with its own mix of classes out of images that no
 client trained on, adapt; a linear map from embedding to mix is fitted on half of them and asked about the others, who
 share no image with them. "walk": straight lines between the embeddings of two training clients, drawn from. "start":
-new clients adapt from the population's vector, from the mean of the training clients' vectors, and from the one of
-these with the least loss.
+new clients adapt from the population's vector, which is learned, from zero, from the mean of the training clients'
+vectors, and from the one of these with the least loss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from personae.study.study import Answer, Cell, Row
 TOGETHER = 10
 """Made-up clients that adapt in one batch."""
 
-STARTS = ("population", "mean", "nearest")
+STARTS = ("population", "zero", "mean", "nearest")
 PER_COLUMN = 8
 """Images of each point of a walk in its picture."""
 
@@ -177,6 +177,8 @@ class Embeddings:
     def _vector(self, bench: Bench, vectors: Mapping[str, Tensor], data: ClientData, start: str) -> Tensor:
         if start == "population":
             return bench.released.params[NULL_EMBEDDING]
+        if start == "zero":
+            return torch.zeros_like(bench.released.params[NULL_EMBEDDING])
         if start == "mean":
             return torch.stack(list(vectors.values())).mean(0)
 

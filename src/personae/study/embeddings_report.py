@@ -201,14 +201,15 @@ def _start_answer(rows: Sequence[Row], starts: Sequence[str], steps: Sequence[in
                 numbers.append({"start": start, "steps": number, **apart.numbers})
                 if gain.excludes(0):
                     way = "lower" if gain.mean < 0 else "higher"
+                    told = start if start == "zero" else f"the {start}"
                     findings.append(
-                        f"Starting from the {start} instead of the population's vector, the held-out loss after "
+                        f"Starting from {told} instead of the population's vector, the held-out loss after "
                         f"{number} steps is {abs(gain.mean):.3g} {way} ({gain.low:+.3g} to {gain.high:+.3g})"
                         f"{apart.reservation}."
                     )
 
     def draw(axes: Axes) -> None:
-        for start, tone in zip(starts, ("after", "before", "up"), strict=True):
+        for start, tone in zip(starts, ("after", "real", "before", "up"), strict=True):
             means = [(n, interval(list(values(start, n, "loss").values()))) for n in steps if values(start, n, "loss")]
             axes.plot([n for n, _ in means], [m.mean for _, m in means], color=COLOURS[tone], marker="o", label=start)
         axes.set(xlabel="steps", title="Held-out loss of new clients, by start of the embedding")

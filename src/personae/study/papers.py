@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from personae.recipe.config import read_table
 from personae.study.report import markdown_rows
 from personae.study.stats import Difference, Interval, paired
 
@@ -76,6 +77,19 @@ def markdown(lines: Sequence[Line]) -> str:
     heads = ("paper", "claim", "recipe", "measured here", "verdict", "why")
     rows = [(x.paper, x.claim, f"`{x.recipe}`{x.cells}", x.measured, x.verdict, x.why) for x in lines]
     return "\n".join(markdown_rows(heads, rows))
+
+
+def index(results: Path = RESULTS) -> str:
+    """Every study with a result, as a page: what it asks, what it cost, and what it found first."""
+    rows = []
+    for path in sorted(results.glob("*.json")):
+        summary, (room, _, name) = json.loads(path.read_text("utf-8")), path.stem.partition("-")
+        title, minutes = read_table(f"{room}/{name}")[0].get("title", name), summary["cpu_seconds"] / 60
+        measured = f"{summary['measured']} of {summary['cells']}"
+        first = next(iter(summary["findings"]), "")
+        rows.append((f"[{room}/{name}]({path.stem}.md)", title, measured, f"{minutes:.0f}", first))
+    heads = ("recipe", "question", "cells", "CPU-minutes", "the first of its findings")
+    return "\n".join(["# All studies", "", *markdown_rows(heads, rows), ""])
 
 
 def result_path(recipe: str, results: Path = RESULTS) -> Path:

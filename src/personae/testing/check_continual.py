@@ -110,7 +110,7 @@ def it_can_be_drawn_with(method: Continual, build: Build) -> None:
 def no_picture_is_kept(method: Continual, build: Build) -> None:
     client = _in_front_of_bytes(method, build, 1, "rex")
     kept = learn(deepcopy(method), TRAINING, client, State(), SEED)
-    holds_no_picture(kept, client.data.train, client.model)
+    holds_no_picture(kept, client.data.train, client.model, "what was kept")
 
 
 def no_picture_is_used_again(method: Continual, build: Build) -> None:

@@ -26,6 +26,7 @@ from personae.testing.contract import (
     differing,
     differing_states,
     differing_updates,
+    holds_no_picture,
     require,
     some,
 )
@@ -37,7 +38,7 @@ SEED = 11
 def check_method(method: Method, population: Population | None = None, *, alone: bool = False) -> None:
     """Ask of a method, on a tiny federation, everything that the library relies on:
 
-    - nothing personal is sent: neither by name, nor its values under another name;
+    - nothing personal is sent: neither by name, nor its values under another name, nor a picture;
     - a client gets the same bits whoever worked in the model before it;
     - `aggregate` leaves its arguments alone, remembers nothing, and ignores the order of the updates;
     - `local` leaves its arguments alone and remembers nothing;
@@ -77,6 +78,7 @@ def nothing_personal_is_sent(method: Method, population: Population) -> None:
             update, kept[name] = method.local(client, got, before)
             owned += [pick(client.model.params(), method.personal), _personal_tensors(kept[name], method)]
             _refuse_leaks(method, update, owned)
+            holds_no_picture(update.sent, client.data.train, client.model, f"what {name!r} sends")
             updates.append(update)
         server = method.aggregate(server, Arriving(iter(updates), mean))
 

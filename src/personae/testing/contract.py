@@ -60,10 +60,11 @@ def cloned(state: State) -> State:
     )
 
 
-def holds_no_picture(state: State, images: Images, model: Denoiser) -> None:
+def holds_no_picture(state: State, images: Images, model: Denoiser, what: str) -> None:
     """Of these images no tensor holds one: as floats in the model's range, as bytes, or as the model's latents.
 
-    Every tensor is read as rows of one picture's size, whatever its own shape. Raises: ContractBroken.
+    Every tensor is read as rows of one picture's size, whatever its own shape. `what` the state is, for the error.
+    Raises: ContractBroken.
     """
     floats = images.floats()
     with torch.no_grad():
@@ -72,7 +73,7 @@ def holds_no_picture(state: State, images: Images, model: Denoiser) -> None:
     tensors = {**state.params, **{f"extras/{name}": value for name, value in state.extras.items()}}
     pairs = product(tensors.items(), forms.items())
     found = [f"{name} holds one's {form}" for (name, value), (form, pictures) in pairs if _holds(value, pictures)]
-    require(not found, "no tensor of what was kept holds a picture of the concept", some(found))
+    require(not found, f"no tensor of {what} holds a picture", some(found))
 
 
 def depends_on_what_was_kept(teach: Callable[[], State], discarded: Callable[[], object]) -> None:

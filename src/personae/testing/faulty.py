@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from personae.core import Arrays, Client, Denoiser, Method, State, Update, Updates, divide, pick
@@ -31,6 +32,22 @@ class UploadsItsEmbedding:
         own = pick(client.model.params(), self.method.personal)
         extras = own if self.name is None else {f"{self.name}{i}": value for i, value in enumerate(own.values())}
         return replace(update, sent=replace(update.sent, extras={**update.sent.extras, **extras})), kept
+
+
+@dataclass(frozen=True)
+class UploadsAPicture:
+    """The first of the client's images travels, as one row of what looks like a table of statistics."""
+
+    method: Method
+
+    def __getattr__(self, name: str) -> Any:
+        return _handed_on(self, name)
+
+    def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
+        update, kept = self.method.local(client, got, kept)
+        picture = client.data.train.floats()[0].flatten()
+        extras = {**update.sent.extras, "statistics": torch.stack([torch.zeros_like(picture), picture])}
+        return replace(update, sent=replace(update.sent, extras=extras)), kept
 
 
 @dataclass(frozen=True)
