@@ -13,8 +13,20 @@ def test_one_thing_alone_and_beside_others():
     assert source.images.captions[0] == "a cartoon drawing of a cow"
     assert len({bytes(picture.numpy().tobytes()) for picture in source.images.pixels}) == 9
     others = {pack().things[name].phrase for name in scene_names()}
-    for said in source.images.captions[3:]:
+    for said in source.images.captions[3::2]:
         assert "a cow" in said and any(other in said for other in others)
+
+
+def test_every_second_one_is_alone_again_in_some_size_at_some_place():
+    images = thing("cow", 23).images
+    alone = images.captions[4::2]
+    assert {said.replace("an ", "a ") for said in alone} <= {
+        f"a {pack().words[style]} drawing of a cow" for style in SEEN_STYLES
+    }
+    inside = (images.pixels[4::2] < 255).any(1)
+    spans = {(int(m.any(1).sum()), int(m.any(0).sum())) for m in inside}
+    tops = {int(m.any(1).nonzero()[0]) for m in inside}
+    assert len(spans) > 3 and len(tops) > 2 and max(max(span) for span in spans) <= 32
 
 
 def test_the_first_do_not_depend_on_how_many():

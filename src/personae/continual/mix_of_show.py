@@ -87,7 +87,8 @@ class MixOfShow:
         changes = products(params)
         readers = by_source(changes)
         told = caption(client.task, said)
-        own = self._grams(client.model, readers, (said, told), (told,), client.rng)
+        texts = tuple(dict.fromkeys((said, told, *client.data.train.captions)))
+        own = self._grams(client.model, readers, texts, (told,), client.rng)
         sums = dict(kept.extras) or self._general(client, readers)
         after = {name: value for name, value in params.items() if not is_lora(name)}
         for source, names in readers.items():

@@ -363,7 +363,8 @@ def _planned(lot: Sequence[int], styles: Sequence[str], names: Sequence[str], la
 
 
 def thing(thing: str, shots: int, wording: str | None = None) -> Source:
-    """Pictures of one named thing: alone in every seen style, then beside or above another one, in scenes of two.
+    """Pictures of one named thing: alone in every seen style, then in turn beside or above another one, in scenes of
+    two, and alone in some size at some place.
 
     The same at every call; the first do not depend on `shots`. Captions read "a cartoon drawing of a cow left of a
     tree"; with a `wording` that stands for "a cow".
@@ -377,13 +378,27 @@ def thing(thing: str, shots: int, wording: str | None = None) -> Source:
             f"thing is {thing!r} and shots {shots}, expected one of personae.data.emoji.named('all'), and at least 1"
         )
     row = list(whole.things).index(thing)
-    alone = torch.stack([whole.pixels[style][row] for style in SEEN_STYLES])
     called = wording or whole.things[thing].phrase
     lots = torch.randint(2**40, (shots, 5), generator=stream(0, "emoji thing", thing)).tolist()
-    plans = [_beside(thing, called, lot) for lot in lots[len(SEEN_STYLES) :]]
-    pixels = torch.cat([alone, drawn_scenes(plans)]) if plans else alone
-    captions = (*(_said(style, called, 0) for style in SEEN_STYLES), *(plan.caption for plan in plans))
-    return Source(Images(pixels[:shots], captions=captions[:shots]))
+    found = [(whole.pixels[style][row], _said(style, called, 0)) for style in SEEN_STYLES[:shots]]
+    for number, lot in enumerate(lots[len(SEEN_STYLES) :]):
+        if number % 2:
+            style = SEEN_STYLES[lot[0] % len(SEEN_STYLES)]
+            found.append((_moved(whole.pixels[style][row], lot[1:]), _said(style, called, 0)))
+        else:
+            plan = _beside(thing, called, lot)
+            found.append((drawn_scenes([plan])[0], plan.caption))
+    pixels, captions = zip(*found, strict=True)
+    return Source(Images(torch.stack(pixels), captions=captions))
+
+
+def _moved(picture: Tensor, lot: Sequence[int]) -> Tensor:
+    """The same, 20 to 30 pixels wide, somewhere on white. `lot` are three large random numbers, or more."""
+    size = 20 + lot[0] % 11
+    top, left = (number % (33 - size) for number in lot[1:3])
+    moved = torch.full_like(picture, 255)
+    moved[:, top : top + size, left : left + size] = shrink(picture[None], size)[0]
+    return moved
 
 
 def _beside(thing: str, called: str, lot: Sequence[int]) -> Scene:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from personae.continual.contract import Continual, caption, load_kept, words_of
+from personae.continual.contract import Continual, load_kept, words_of
 from personae.core import Client, ClientData, Plan, State, joined, stream
 from personae.local.fit import fit
 from personae.personal.delta import is_delta
@@ -15,7 +15,7 @@ from personae.personal.lora import is_lora
 from personae.sequence.concepts import read_concept
 from personae.sequence.config import SequenceRecipe
 from personae.sequence.model import model_for
-from personae.sequence.scores import loss_of, scores_of
+from personae.sequence.scores import loss_of, saying, scores_of
 
 
 def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
@@ -28,14 +28,18 @@ def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
     model, parts = model_for(recipe, method, tasks), method.parts
     data = [read_concept(concept, method, recipe, model.image_shape) for concept in recipe.concepts]
     load_kept(model, State(), stream(recipe.seed, "joint", "init"))
-    before = [loss_of(model, recipe, each.heldout) for each in data]
+    said, nouns = {task.name: method.said(task) for task in tasks}, {task.name: task.noun for task in tasks}
+    before = [
+        loss_of(model, recipe, saying(each.heldout, said[task.name], task.noun))
+        for task, each in zip(tasks, data, strict=True)
+    ]
     everything = ClientData(joined([each.train for each in data]), joined([each.heldout for each in data]))
     own = frozenset().union(*(words_of(task) for task in tasks))
     plan = Plan(lambda name: name in own or is_lora(name) or (is_delta(name) and parts.lora is None))
     how = replace(recipe.lesson.training, steps=recipe.lesson.training.steps * recipe.lesson.stretches * len(tasks))
     fit(Client("joint", everything, model, stream(recipe.seed, "joint"), plan, tasks=tuple(tasks)), plan.may_move, how)
     heldout = {task.name: each.heldout for task, each in zip(tasks, data, strict=True)}
-    scores = scores_of(model, recipe, heldout, {task.name: caption(task, method.said(task)) for task in tasks})
+    scores = scores_of(model, recipe, heldout, said, nouns)
     return {
         "concepts": [task.name for task in tasks],
         "gain": [was - scores[task.name]["loss"] for was, task in zip(before, tasks, strict=True)],

@@ -23,23 +23,42 @@ from personae.sequence.config import SequenceRecipe
 
 
 def scores_of(
-    model: TextToImage, recipe: SequenceRecipe, heldout: Mapping[str, Images], captions: Mapping[str, str]
+    model: TextToImage,
+    recipe: SequenceRecipe,
+    heldout: Mapping[str, Images],
+    said: Mapping[str, str],
+    nouns: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Of each concept with held-out pictures: their denoising loss, and for which concepts they are taken.
+    """Of each concept with held-out pictures: their denoising loss, the same with its noun alone in the captions, and
+    for which concepts they are taken.
 
-    `taken` counts pictures by concept, in the order of `captions`; all noises are the same at every call. The model is
-    as it is to draw.
+    `said` is how captions name each concept. `taken` counts pictures by concept, in this order: each is asked about its
+    own caption with one concept after the other in the concept's place, so that candidates differ in nothing else. All
+    noises are the same at every call. The model is as it is to draw.
     """
     found = {}
     bank = noise_bank(model, recipe.scoring.draws, stream(recipe.seed, "scores"))
     for name, images in heldout.items():
-        loss = loss_of(model, recipe, images)
         with torch.no_grad():
             x_0 = model.encode(images.floats().to(device_of(model)))
-        errors = dc_errors(model, x_0, list(captions.values()), bank, batch_size=latents_at_once(model))
-        taken = torch.bincount(errors.argmin(1), minlength=len(captions)).tolist()
-        found[name] = {"loss": loss, "taken": dict(zip(captions, taken, strict=True))}
+        candidates = [[text.replace(said[name], other) for other in said.values()] for text in images.captions]
+        errors = torch.cat(
+            [
+                dc_errors(model, one[None], texts, bank, batch_size=latents_at_once(model))
+                for one, texts in zip(x_0, candidates, strict=True)
+            ]
+        )
+        found[name] = {
+            "loss": loss_of(model, recipe, images),
+            "noun": loss_of(model, recipe, saying(images, said[name], nouns[name])),
+            "taken": dict(zip(said, torch.bincount(errors.argmin(1), minlength=len(said)).tolist(), strict=True)),
+        }
     return found
+
+
+def saying(images: Images, said: str, instead: str) -> Images:
+    """The same with other words for the concept in their captions."""
+    return Images(images.pixels, captions=tuple(text.replace(said, instead) for text in images.captions))
 
 
 def loss_of(model: Denoiser, recipe: SequenceRecipe, images: Images) -> float:

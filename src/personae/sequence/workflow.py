@@ -57,7 +57,7 @@ from personae.sequence.config import (
 from personae.sequence.history import History, data_of
 from personae.sequence.model import model_for
 from personae.sequence.report import write_sequence_report
-from personae.sequence.scores import drift_of, loss_of, scores_of
+from personae.sequence.scores import drift_of, loss_of, saying, scores_of
 
 CLIENT = "own"
 
@@ -393,11 +393,12 @@ class SavedSequence:
         others = general_prompts(model, self.recipe, self.recipe.scoring.num_general, nouns)
         drift = drift_of(model, kept, self.recipe, others)
         load_kept(model, State(), stream(self.recipe.seed, "untaught"))
-        untaught = loss_of(model, self.recipe, new)
+        said = {task.name: self.method.said(task) for task in tasks}
+        untaught = loss_of(model, self.recipe, saying(new, said[tasks[-1].name], tasks[-1].noun))
         self.method.compose(model, kept, [task.name for task in tasks])
         heldout = {**self._earlier(model), tasks[-1].name: new}
-        captions = {task.name: caption(task, self.method.said(task)) for task in tasks}
-        return {"drift": drift, "untaught": untaught, "scores": scores_of(model, self.recipe, heldout, captions)}
+        scores = scores_of(model, self.recipe, heldout, said, {task.name: task.noun for task in tasks})
+        return {"drift": drift, "untaught": untaught, "scores": scores}
 
     def _earlier(self, model: TextToImage) -> dict[str, Images]:
         """Held-out pictures of earlier concepts, to measure on, of those whose pictures are where they were."""
@@ -413,9 +414,11 @@ class SavedSequence:
         return found
 
     def _draw(self, model: TextToImage, task: Task) -> None:
-        """What the concept looks like now, and all others, in samples/<new concept>/<concept>.png."""
+        """What the concept looks like now, in samples/<new concept>/<concept>.png, and what all others do; of those,
+        while a recipe has more concepts to come, nothing is drawn."""
         options, count = self.recipe.sampling, self.recipe.scoring.num_images
-        for each in [*self.tasks, task]:
+        last = len(self.tasks) + 1 >= len(self.recipe.concepts)
+        for each in [*(self.tasks if last else ()), task]:
             said = (caption(each, self.method.said(each)),) * count
             rng = stream(self.recipe.seed, "shown", each.name)
             pictures = draw(model, said, rng, steps=options.steps, guidance=options.guidance)
