@@ -21,6 +21,7 @@ def row(learner, rate, gains, order=0, seed=0):
         "right": [[1.0, None, None], [0.5, 1.0, None], [0.5, 0.75, 1.0]],
         "taken": {},
         "drift": [0.1, 0.2, 0.3],
+        "by_word": [0.1, 0.2, 0.3],
         "bytes": [100, 110, 120],
         "lesson_seconds": [1.0, 2.0, 3.0],
         "run": "runs/x",
@@ -60,7 +61,23 @@ def test_the_answer_in_numbers():
     ratios = told.numbers["against the first"]["second"]["ratios"]
     assert ratios == pytest.approx({"learning": 1.3 / 1.5, "forgetting": 0.125})
     assert [line[0] for line in told.tables[0].rows] == ["first", "second"]
-    assert len(told.charts) == 3 and len(told.findings) == 2
+    assert figures["first"]["by_word"] == pytest.approx(0.2) and len(told.tables[0].rows[0]) == len(
+        told.tables[0].columns
+    )
+    assert len(told.charts) == 3 and len(told.findings) == 3
+    assert "over 1 runs, of which one says nothing of chance" in told.findings[0]
+    assert told.findings[2].endswith("with at least 0.95 x its learning: nobody.")
+
+
+def test_what_was_hoped_for_is_judged():
+    more = [[0.4, None, None], [0.1, 0.5, None], [0.1, 0.1, 0.6]]
+    learns = [[0.5, None, None], [0.5, 0.5, None], [0.45, 0.5, 0.5]]
+    found = [row("first", 0.1, gains, order) for order, gains in enumerate((FORGETS, FORGETS, more))]
+    told = answer([*found, row("second", 0.1, learns)], ["first", "second"], dict.fromkeys(("first", "second"), 0.1))
+    assert "over 3 runs: 23.0 standard errors (3 hoped for: reached)" in told.findings[0]
+    assert told.findings[2].endswith("its learning: second.")
+    spread = [*found[:2], row("first", 0.1, KEEPS, 2), row("first", 0.1, KEEPS, 3)]
+    assert "(3 hoped for: missed)" in answer(spread, ["first"], {"first": 0.1}).findings[0]
 
 
 def test_there_is_no_multiple_of_nothing():

@@ -154,7 +154,6 @@ def _alone(found: Sequence[Row], names: Sequence[str]) -> Answer:
 
 def _told_alone(name: str, own: Mapping[str, Any], count: int) -> str:
     strict, drawn, real = own[STRICT], own["drawn"], own["real"]
-    judged = own if strict["ratio"] is None else strict
     told = (
         f"{name}, alone: {drawn:.0%} of drawn pictures are taken for their own among {count} concepts, {real:.0%} of "
     )
@@ -167,8 +166,13 @@ def _told_alone(name: str, own: Mapping[str, Any], count: int) -> str:
         )
         if strict["ratio"] is not None:
             told += f": {strict['ratio']:.2f} x as many"
-    if judged["ratio"] is not None and name != UNTAUGHT:
-        told += f". {HOPED['alone']:g} x was hoped for: {'reached' if judged['ratio'] >= HOPED['alone'] else 'missed'}"
+    ratios = {"among concepts": own["ratio"], "with nouns too": strict["ratio"]} if name != UNTAUGHT else {}
+    if verdicts := [
+        f"{'reached' if ratio >= HOPED['alone'] else 'missed'} {among}"
+        for among, ratio in ratios.items()
+        if ratio is not None
+    ]:
+        told += f". {HOPED['alone']:g} x was hoped for: {', '.join(verdicts)}"
     return told + "."
 
 

@@ -4,7 +4,8 @@
 its own. Rates are tried in the first order with the first seed, and the one with the best average gain in the end goes
 on. "joint" has all concepts' pictures at once, which no learner has: a reference from above.
 
-A gain is by how much the loss on a concept's held-out pictures is below the untaught model's. All learners of one order
+A gain is by how much the loss on a concept's held-out pictures is below the untaught model's, which reads its noun.
+What of it the word does is told by the same model's loss with the noun in the word's place. All learners of one order
 and seed see the same pictures, start from the same numbers and are asked the same noises.
 """
 
@@ -123,6 +124,8 @@ class Learning:
             "right": right_of(events),
             "taken": {name: score["taken"] for name, score in events[-1]["scores"].items()},
             "drift": [event["drift"] for event in events],
+            "by_word": [score["noun"] - score["loss"] for score in events[-1]["scores"].values()],
+            "facts": events[-1]["facts"],
             "bytes": [event["bytes"] for event in events],
             "lesson_seconds": [event["seconds"] for event in events],
             "run": f"runs/{name}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ COLUMNS = (
     "rate",
     "runs",
     "average gain",
+    "by the word",
     "learning",
     "of the first's",
     "forgetting",
@@ -33,10 +35,11 @@ COLUMNS = (
 )
 
 NOTE = (
-    "Gains are in held-out loss, below the untaught model's. Average: over all concepts after the last one. Learning: "
-    "of each concept when it was new. Forgetting: how far below its best before the last concept an earlier one ends, "
-    "mean over all but the last. Backward: that against when it was new. Drift: mean squared change of predictions "
-    "about other things. Bytes: all that is kept. Each learner is at the rate that gave the highest average gain in "
+    "Gains are in held-out loss, below the untaught model's. Average: over all concepts after the last one. By the "
+    "word: how much lower that is than with the noun in the word's place; what else was gained is not the concept's. "
+    "Learning: of each concept when it was new. Forgetting: how far below its best before the last concept an earlier "
+    "one ends, mean over all but the last. Backward: that against when it was new. Drift: mean squared change of "
+    "predictions about other things. Bytes: all that is kept. Each learner is at the rate that gave the highest average gain in "
     "the first order with the first seed, so that run is a little high for all, the more so the more rates were tried."
 )
 
@@ -76,6 +79,7 @@ def _of(row: Row) -> dict[str, Any]:
         "learning": found.learning,
         "forgetting": found.forgetting,
         "backward": found.backward_transfer,
+        "by_word": fmean(row["by_word"]),
         "right": fmean(last),
         "drift": row["drift"][-1],
         "bytes": row["bytes"][0],
@@ -89,7 +93,10 @@ def _told(
 ) -> tuple[list[str], dict[str, Any]]:
     """Sentences, and each learner's differences to the first, paired by order and seed."""
     lost = interval([one["forgetting"] for one in figures[first]])
-    told = [f"{first} loses {lost.told('.4f')} of held-out gain on an earlier concept, over {lost.num} runs."]
+    told = [
+        f"{first} loses {lost.told('.4f')} of held-out gain on an earlier concept, over {lost.num} runs"
+        f"{_errors_above([one['forgetting'] for one in figures[first]])}."
+    ]
     compared: dict[str, Any] = {}
     by_run = {name: {(one["order"], one["seed"]): one for one in own} for name, own in figures.items()}
     for name in list(figures)[1:]:
@@ -99,19 +106,44 @@ def _told(
         ours, theirs = ([by_run[who][key] for key in shared] for who in (name, first))
         differences = {
             what: vars(paired([one[what] for one in ours], [one[what] for one in theirs]))
-            for what in ("average", "learning", "forgetting")
+            for what in ("average", "by_word", "learning", "forgetting", "drift")
         }
         ratios = {what: _ratio(ours, theirs, what) for what in ("learning", "forgetting")}
         compared[name] = {"differences": differences, "ratios": ratios}
         parts = [f"{verb} {ratios[what]:.2f} x as much" for what, verb in VERBS.items() if ratios[what] is not None]
         told.append(
             f"{name} against {first}: {', '.join([*parts, ''])}average gain "
-            f"{Interval(**differences['average']).told('+.4f')}."
+            f"{Interval(**differences['average']).told('+.4f')}, drift {Interval(**differences['drift']).told('+.4f')}."
         )
+    halved = [
+        name
+        for name, found in compared.items()
+        if None not in found["ratios"].values()
+        and found["ratios"]["forgetting"] <= LOST
+        and found["ratios"]["learning"] >= LEARNED
+    ]
+    told.append(
+        f"At most {LOST} x the forgetting of {first} with at least {LEARNED} x its learning: "
+        f"{', '.join(halved) or 'nobody'}."
+    )
     return told, compared
 
 
 VERBS = {"forgetting": "forgets", "learning": "learns"}
+
+LOST, LEARNED = 0.5, 0.95
+"""Of the first's, what was hoped for."""
+
+ERRORS = 3
+"""So many standard errors above 0 is the first's forgetting to be, before it is worth being a share of."""
+
+
+def _errors_above(forgotten: Sequence[float]) -> str:
+    if len(forgotten) < 2:
+        return ", of which one says nothing of chance"
+    error = stdev(forgotten) / math.sqrt(len(forgotten))
+    errors = fmean(forgotten) / error if error else math.inf
+    return f": {errors:.1f} standard errors ({ERRORS} hoped for: {'reached' if errors >= ERRORS else 'missed'})"
 
 
 def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], what: str) -> float | None:
@@ -135,6 +167,7 @@ def _table(
                 rows[name][0]["rate"],
                 len(own),
                 mean["average"],
+                mean["by_word"],
                 mean["learning"],
                 _ratio(own, figures[first], "learning"),
                 mean["forgetting"],
@@ -149,7 +182,7 @@ def _table(
         )
     if joint:
         gain, right = (fmean(fmean(row[key]) for row in joint) for key in ("gain", "right_in_the_end"))
-        lines.append(["all at once", joint[0]["rate"], len(joint), gain, *[None] * 5, right, *[None] * 4])
+        lines.append(["all at once", joint[0]["rate"], len(joint), gain, *[None] * 6, right, *[None] * 4])
     return Table("Learners", COLUMNS, lines, NOTE)
 
 
