@@ -39,8 +39,9 @@ NOTE = (
     "word: how much lower that is than with the noun in the word's place; what else was gained is not the concept's. "
     "Learning: of each concept when it was new. Forgetting: how far below its best before the last concept an earlier "
     "one ends, mean over all but the last. Backward: that against when it was new. Drift: mean squared change of "
-    "predictions about other things. Bytes: all that is kept. Each learner is at the rate that gave the highest average gain in "
-    "the first order with the first seed, so that run is a little high for all, the more so the more rates were tried."
+    "predictions about other things. Bytes: all that is kept. Each learner is at the rate that gave the highest "
+    "average gain in the first order with the first seed, so that run is a little high for all, the more so the more "
+    "rates were tried."
 )
 
 
