@@ -42,7 +42,8 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
     if grid:
         tables.append(_spread_table(grid, rivals, images))
         charts.append(_rates_chart(grid, rivals, images))
-        charts.append(_steps_chart(grid, rivals, images))
+        if len({row["steps"] for row in grid}) > 1:
+            charts.append(_steps_chart(grid, rivals, images))
         findings = [_best_so_far(grid, rivals, count) for count in images]
     numbers: dict[str, Any] = {}
     if final:
