@@ -206,6 +206,8 @@ def as_little_as_possible(name):
     settings |= LITTLE[table["study"]]
     if table["study"] == "learning":
         settings["learners"] = [{**learner, "rates": learner["rates"][:1]} for learner in settings["learners"][:2]]
+        settings["ours"] = [settings["learners"][1]["name"]]
+        settings["joint"] = settings.get("joint", [])[:1]
     if table["study"] == "concept_pictures":
         settings["learners"] = settings["learners"][:1]
     if table["study"] == "streams":

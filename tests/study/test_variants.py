@@ -9,7 +9,7 @@ STUDY = Variants("width", "digits/spire", (Variant("128"), Variant("4", ("backbo
 
 
 def client(loss, role="new"):
-    return {"role": role, "heldout_loss": loss, "histogram_distance": loss / 2, "trained_parameters": 128}
+    return {"role": role, "heldout_loss": loss, "histogram_distance": loss / 2, "kid": None, "trained_parameters": 128}
 
 
 def rows(study, worse=0.05):
@@ -45,6 +45,18 @@ def test_how_much_a_new_client_trains_is_kept():
     assert sizes == [{"variant": name, "trained": 128, "parameters": 300_000} for name in ("128", "4")]
 
 
+def test_kernel_distances_are_compared_where_there_are_any():
+    found = rows(STUDY)
+    for row in found:
+        for name, own in row["clients"].items():
+            own["kid"] = {"c0": 1.0, "c1": 2.0, "c2": 4.0}[name] + (0.5 if row["variant"] == "4" else 0.0)
+    answer = STUDY.answer(found)
+    distance = next(d for d in answer.numbers["differences"] if d["figure"] == "kid")
+    assert distance["mean"] == pytest.approx(0.5) and distance["low"] == pytest.approx(0.5)
+    assert any("kernel distance 0.5 higher" in finding for finding in answer.findings)
+    assert [chart.name for chart in answer.charts][-2:] == ["kid", "kid_difference"]
+
+
 def test_no_difference_is_said_too():
     answer = STUDY.answer(rows(STUDY, worse=0.0))
     assert answer.findings == ["width: no difference that can be told between 128 and 4."]
@@ -74,7 +86,7 @@ def test_unfinished():
     answer = STUDY.answer(rows(STUDY)[:1])
     assert answer.findings == [], "nothing was compared"
     assert [row[:2] for row in answer.tables[0].rows] == [["128", 1]]
-    assert [chart.name for chart in answer.charts] == ["heldout_loss", "histogram_distance"]
+    assert [chart.name for chart in answer.charts] == ["heldout_loss", "histogram_distance"], "no kernel distances"
 
 
 def test_differences_are_drawn_beside_what_they_are_between():

@@ -21,7 +21,8 @@ from personae.sequence.scores import loss_of, saying, scores_of
 def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
     """Train a method's parts, and all words, on all pictures mixed, as many steps as the sequence has in all.
 
-    Returns each concept's gain and the share of its held-out pictures that are taken for it, in the recipe's order.
+    Returns a row of each concept's gain, and the share of its held-out pictures that are taken for it, in the recipe's
+    order.
     """
     torch.set_num_threads(recipe.machine.threads)
     tasks = [recipe.task(concept) for concept in recipe.concepts]
@@ -42,6 +43,6 @@ def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
     scores = scores_of(model, recipe, heldout, said, nouns)
     return {
         "concepts": [task.name for task in tasks],
-        "gain": [was - scores[task.name]["loss"] for was, task in zip(before, tasks, strict=True)],
+        "gains": [[was - scores[task.name]["loss"] for was, task in zip(before, tasks, strict=True)]],
         "right_in_the_end": [scores[t.name]["taken"][t.name] / sum(scores[t.name]["taken"].values()) for t in tasks],
     }

@@ -188,7 +188,7 @@ class ConceptPictures:
     @cached_property
     def _lessons(self) -> Learning:
         """Checks the learners, and teaches."""
-        return Learning(self.recipe, self.learners, self.seeds, joint=False, changes=self.changes)
+        return Learning(self.recipe, self.learners, self.seeds, changes=self.changes)
 
     def _taught(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
         """Teaches what has not been taught yet."""

@@ -2,7 +2,7 @@
 
 "run": a learner teaches its model all concepts, in one order, with one seed and one learning rate, each in a folder of
 its own. Rates are tried in the first order with the first seed, and the one with the best average gain in the end goes
-on. "joint" has all concepts' pictures at once, which no learner has: a reference from above.
+on. "joint" has all concepts' pictures at once, which no learner has: a reference from above, at its own best rate.
 
 A gain is by how much the loss on a concept's held-out pictures is below the untaught model's, which reads its noun.
 What of it the word does is told by the same model's loss with the noun in the word's place. All learners of one order
@@ -26,10 +26,8 @@ from personae.sequence.config import METHOD, parse_sequence
 from personae.sequence.joint import learn_jointly
 from personae.sequence.report import gains_of, right_of
 from personae.sequence.workflow import begin_sequence, open_sequence
-from personae.study.learning_report import answer
+from personae.study.learning_report import JOINT, answer
 from personae.study.study import Answer, Cell, Row, where
-
-JOINT = "joint"
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,16 @@ class Learner:
 class Learning:
     """`recipe` gives the model, the lesson and the concepts; the first of `learners` is what forgetting is a share of.
 
-    `orders` of the concepts: as they are listed, and others by lot. `changes` are for everybody.
+    `orders` of the concepts: as they are listed, and others by lot. `joint` are the learning rates of all concepts at
+    once, without which that is left out. `ours` are compared with every other learner. `changes` are for everybody.
     """
 
     recipe: str
     learners: tuple[Learner, ...]
     seeds: tuple[int, ...] = (0,)
     orders: int = 1
-    joint: bool = True
+    joint: tuple[float, ...] = ()
+    ours: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +62,8 @@ class Learning:
             raise ConfigError(
                 f"learners are {names}; expected one or more, each with a name of its own, none {JOINT!r}"
             )
+        if unknown := sorted(set(self.ours) - set(names)):
+            raise ConfigError(f"ours are {', '.join(unknown)}, who are none of the learners, {', '.join(names)}")
         if not self.seeds or self.orders < 1:
             raise ConfigError(f"seeds are {list(self.seeds)} and orders {self.orders}; expected some, and at least 1")
         for learner in self.learners:
@@ -77,7 +79,9 @@ class Learning:
             for learner in self.learners
             for rate in learner.rates
         ]
-        if len(where(found, stage="run", order=0, seed=self.seeds[0])) < len(first):
+        joint: dict[str, Any] = {"stage": JOINT, "learner": JOINT, "order": 0}
+        first += [{**joint, "rate": rate, "seed": self.seeds[0]} for rate in self.joint]
+        if len(found) < len(first):
             return first
         others = [
             {
@@ -92,15 +96,15 @@ class Learning:
             for learner in self.learners
             if (order, seed) != (0, self.seeds[0])
         ]
-        rate = self.best(found, self.learners[0].name)
-        joint = [{"stage": JOINT, "learner": JOINT, "rate": rate, "seed": seed} for seed in self.seeds if self.joint]
-        return [*first, *others, *joint]
+        if self.joint:
+            others += [{**joint, "rate": self.best(found, JOINT), "seed": seed} for seed in self.seeds[1:]]
+        return [*first, *others]
 
     def best(self, found: Sequence[Row], name: str) -> float | None:
         """The rate with the best average gain in the end; None until all were tried."""
-        learner = next(each for each in self.learners if each.name == name)
-        tried = where(found, stage="run", learner=name, order=0, seed=self.seeds[0])
-        if len(tried) < len(learner.rates):
+        rates = {learner.name: learner.rates for learner in self.learners} | {JOINT: self.joint}
+        tried = where(found, learner=name, order=0, seed=self.seeds[0])
+        if len(tried) < len(rates[name]) or not tried:
             return None
         return float(max(tried, key=lambda row: fmean(row["gains"][-1]))["rate"])
 
@@ -133,7 +137,7 @@ class Learning:
 
     def answer(self, found: Sequence[Row]) -> Answer:
         names = [learner.name for learner in self.learners]
-        return answer(found, names, {name: self.best(found, name) for name in names})
+        return answer(found, {name: self.best(found, name) for name in (*names, JOINT)}, self.ours)
 
     def _table(self, learner: Learner, rate: float, order: int, seed: int) -> dict[str, Any]:
         """The recipe's, for one run."""

@@ -16,6 +16,12 @@ from personae.evaluate.matrix_chart import matrix_chart
 from personae.study.stats import Interval, interval, paired
 from personae.study.study import Answer, Chart, Entry, Row, Table, file_name, where
 
+JOINT = "joint"
+"""The name, among learners, of all concepts at once."""
+
+Figures = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By learner, those of each of its runs."""
+
 COLUMNS = (
     "learner",
     "rate",
@@ -45,15 +51,21 @@ NOTE = (
 )
 
 
-def answer(found: Sequence[Row], names: Sequence[str], best: Mapping[str, float | None]) -> Answer:
-    """`best` has the learning rate of each learner that has been chosen."""
-    rows = {n: where(found, stage="run", learner=n, rate=best[n]) for n in names if best[n] is not None}
+def answer(found: Sequence[Row], best: Mapping[str, float | None], ours: Sequence[str]) -> Answer:
+    """`best` has the learning rate of each learner that has been chosen, and of all concepts at once."""
+    names = [name for name in best if name != JOINT]
+    rows = {n: where(found, learner=n, rate=best[n]) for n in names if best[n] is not None}
     if not rows or names[0] not in rows:
         return Answer([f"{len(found)} runs so far; no learner's rate is chosen yet."])
     figures = {name: [_of(row) for row in own] for name, own in rows.items()}
-    joint = [row for row in found if row["stage"] == "joint"]
-    findings, compared = _told(names[0], rows, figures)
+    joint = where(found, learner=JOINT, rate=best.get(JOINT))
+    findings, compared = _told(names[0], figures)
+    shown = [each for each in ours if each in figures]
+    less = {each: _less_others(figures, each, [name for name in figures if name not in ours]) for each in shown}
+    findings += [_beside_others(each, less[each]) for each in shown if less[each]]
     tables = [_table(names[0], rows, figures, joint)]
+    if any(less.values()):
+        tables.append(_less_table(less))
     charts = [Chart("averages", chart("averages", 7.4, 4.2, _curves(rows), "Average gain"), "Mean gain of all so far.")]
     every = [gain for own in rows.values() for line in own[0]["gains"] for gain in line if gain is not None]
     span = (min(every), max(every))
@@ -65,7 +77,11 @@ def answer(found: Sequence[Row], names: Sequence[str], best: Mapping[str, float 
     numbers = {
         "figures": {name: [dict(one) for one in own] for name, own in figures.items()},
         "against the first": compared,
-        "joint": [fmean(row["gain"]) for row in joint],
+        "ours less others": {
+            each: {name: {what: vars(one) for what, one in by.items()} for name, by in others.items()}
+            for each, others in less.items()
+        },
+        "joint": [fmean(row["gains"][-1]) for row in joint],
     }
     return Answer(findings, numbers, tables, charts)
 
@@ -89,9 +105,7 @@ def _of(row: Row) -> dict[str, Any]:
     }
 
 
-def _told(
-    first: str, rows: Mapping[str, Sequence[Row]], figures: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> tuple[list[str], dict[str, Any]]:
+def _told(first: str, figures: Figures) -> tuple[list[str], dict[str, Any]]:
     """Sentences, and each learner's differences to the first, paired by order and seed."""
     lost = interval([one["forgetting"] for one in figures[first]])
     told = [
@@ -99,12 +113,10 @@ def _told(
         f"{_errors_above([one['forgetting'] for one in figures[first]])}."
     ]
     compared: dict[str, Any] = {}
-    by_run = {name: {(one["order"], one["seed"]): one for one in own} for name, own in figures.items()}
     for name in list(figures)[1:]:
-        shared = [key for key in by_run[first] if key in by_run[name]]
-        if not shared:
+        ours, theirs = _pairs(figures, name, first)
+        if not ours:
             continue
-        ours, theirs = ([by_run[who][key] for key in shared] for who in (name, first))
         differences = {
             what: vars(paired([one[what] for one in ours], [one[what] for one in theirs]))
             for what in ("average", "by_word", "learning", "forgetting", "drift")
@@ -129,6 +141,51 @@ def _told(
     )
     return told, compared
 
+
+def _pairs(figures: Figures, *names: str) -> tuple[list[Mapping[str, Any]], ...]:
+    """The figures of those runs of each that all have, by order and seed."""
+    by_run = [{(one["order"], one["seed"]): one for one in figures[name]} for name in names]
+    shared = [key for key in by_run[0] if all(key in runs for runs in by_run)]
+    return tuple([runs[key] for key in shared] for runs in by_run)
+
+
+def _less_others(figures: Figures, name: str, others: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    """What `name` has of each of SIDES less what each of the others has, by its name."""
+    pairs = {other: _pairs(figures, name, other) for other in others}
+    return {
+        other: {what: paired([one[what] for one in ours], [one[what] for one in theirs]) for what in SIDES}
+        for other, (ours, theirs) in pairs.items()
+        if ours
+    }
+
+
+def _beside_others(name: str, less: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Who is better and who is worse than `name`; from one run that is no more than who is above whom."""
+    parts = []
+    for what, (title, better) in SIDES.items():
+        sides: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+        for other, by in less.items():
+            told = by[what].excludes(0) or (by[what].num == 1 and by[what].mean != 0)
+            side = ("better than" if by[what].mean * better > 0 else "worse than") if told else "not told apart from"
+            sides[side].append(other)
+        parts.append(f"{title} " + ", ".join(f"{side} {', '.join(who)}" for side, who in sides.items() if who))
+    alone = all(by[what].num == 1 for by in less.values() for what in SIDES)
+    return f"{name}: {'; '.join(parts)}{' (one run each: no chance told)' if alone else ''}."
+
+
+def _less_table(less: Mapping[str, Mapping[str, Mapping[str, Interval]]]) -> Table:
+    columns = ("ours", "less", "runs", *(title for title, _ in SIDES.values()))
+    lines: list[list[Entry]] = [
+        [each, other, next(iter(by.values())).num, *(by[what].starred("+.4f") for what in SIDES)]
+        for each, others in less.items()
+        for other, by in others.items()
+    ]
+    note = "Differences over the same orders and seeds, 95 % intervals where there are two or more; * excludes 0."
+    return Table("Ours less each other", columns, lines, note)
+
+
+SIDES = {"average": ("average gain", 1), "drift": ("drift", -1)}
+"""What ours are compared with others in: its title, and which way is better."""
 
 VERBS = {"forgetting": "forgets", "learning": "learns"}
 
@@ -156,7 +213,7 @@ def _ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]
 def _table(
     first: str,
     rows: Mapping[str, Sequence[Row]],
-    figures: Mapping[str, Sequence[Mapping[str, Any]]],
+    figures: Figures,
     joint: Sequence[Row],
 ) -> Table:
     lines: list[list[Entry]] = []
@@ -182,7 +239,8 @@ def _table(
             ]
         )
     if joint:
-        gain, right = (fmean(fmean(row[key]) for row in joint) for key in ("gain", "right_in_the_end"))
+        gain = fmean(fmean(row["gains"][-1]) for row in joint)
+        right = fmean(fmean(row["right_in_the_end"]) for row in joint)
         lines.append(["all at once", joint[0]["rate"], len(joint), gain, *[None] * 6, right, *[None] * 4])
     return Table("Learners", COLUMNS, lines, NOTE)
 

@@ -23,8 +23,8 @@ from personae.study.study import Answer, Cell, Chart, Entry, Row, Table, where
 
 ROLES = {"train": "training clients", "new": "new clients"}
 TONES = {"train": "real", "new": "after"}
-FIGURES = {"heldout_loss": "held-out loss", "histogram_distance": "histogram distance"}
-KEPT = (*FIGURES, "heldout_loss_before", "histogram_distance_before", "kid", "copy_ratio", "role", "trained_parameters")
+FIGURES = {"heldout_loss": "held-out loss", "histogram_distance": "histogram distance", "kid": "kernel distance"}
+KEPT = (*FIGURES, "heldout_loss_before", "histogram_distance_before", "copy_ratio", "role", "trained_parameters")
 
 INTERVALS = (
     "Intervals take clients for independent, though those of a seed share its trained models: where the seeds' own "
@@ -107,7 +107,8 @@ class Variants:
         columns = ("variant", "seeds", *(f"{ROLES[role]}: {what}" for role in self.roles for what in FIGURES.values()))
         note = f"Means over clients and seeds. Recipe: {self.recipe}. {INTERVALS}"
         kinds = (self._chart, self._differences) if len(names) > 1 else (self._chart,)
-        charts = [draw(found, names, figure) for figure in FIGURES for draw in kinds]
+        drawn = [figure for figure in FIGURES if any(_values(found, names[0], role, figure) for role in self.roles)]
+        charts = [draw(found, names, figure) for figure in drawn for draw in kinds]
         sizes = [
             {"variant": row["variant"], "trained": _trained_by_new(row), "parameters": row["parameters"]}
             for row in where(found, seed=found[0]["seed"])
