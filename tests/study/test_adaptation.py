@@ -12,6 +12,7 @@ from personae.recipe.config import load_recipe, read_table
 from personae.study.adaptation import Adaptation, Rival
 from personae.study.adaptation_report import adaptation_answer
 from personae.study.bench import adapting, kinds_of, open_bench
+from personae.study.study import where
 
 STUDY = Adaptation(
     (Rival("spire", "digits/spire", (0.1, 0.01)), Rival("fedavg_ft", "digits/fedavg_ft", (0.001,))),
@@ -84,13 +85,13 @@ def test_whom_the_comparison_lacks_is_said():
     for row in rows:
         if row["stage"] == "final" and row["rival"] == "fedavg_ft" and row["seed"] == 2:
             row["clients"], row["diverged"] = {"c1": row["clients"]["c1"]}, ["c2"]
-    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"])
     assert any("fedavg_ft diverged for c2 of seed 2" in finding for finding in answer.findings)
     assert answer.numbers["diverged"] == 1 and answer.numbers["paired"][0]["num"] == 3
 
 
 def test_the_answer_pairs_clients_and_counts_them():
-    answer = adaptation_answer(found(), ["spire", "fedavg_ft"])
+    answer = adaptation_answer(found(), ["spire", "fedavg_ft"], ["spire"])
     paired = {(p["figure"], p["kind"]): p for p in answer.numbers["paired"]}
     assert paired["loss", "all"]["mean"] == pytest.approx(-0.1)
     assert paired["loss", "all"]["num"] == 4 and paired["loss", "all"]["high"] < 0
@@ -100,7 +101,7 @@ def test_the_answer_pairs_clients_and_counts_them():
     )
     assert told in answer.findings
     assert answer.numbers["largest_change_of_others"] == 0
-    assert {chart.name for chart in answer.charts} == {"paired", "rates", "steps"}
+    assert {chart.name for chart in answer.charts} == {"paired-spire-loss", "paired-spire-kid", "rates", "steps"}
     best = answer.tables[0].rows
     assert [row[:3] for row in best] == [["8", "spire", 4], ["8", "fedavg_ft", 4]]
 
@@ -111,13 +112,34 @@ def test_training_clients_are_compared_too_without_those_who_are_new():
         if row["stage"] == "train" and row["rival"] == "spire":
             row["clients"]["c0"] |= {"loss": 0.25 - 0.1 * (1 + row["seed"]), "kid": 0.5, "distance": None}
             row["clients"]["c1"] |= {"loss": 9.0}
-    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"])
     trained = {one["figure"]: one for one in answer.numbers["trained"]}
     assert trained.keys() == {"loss", "kid", "copy"} and trained["kid"]["mean"] == 0.5
     assert trained["loss"]["mean"] == pytest.approx(-0.2) and trained["loss"]["num"] == 3
     (table,) = [table for table in answer.tables if table.title == "Training clients, paired differences"]
-    assert table.rows[0][:2] == ["fedavg_ft", 3] and len(table.rows[0]) == len(table.columns)
+    assert table.rows[0][:3] == ["spire", "fedavg_ft", 3] and len(table.rows[0]) == len(table.columns)
     assert any(told.startswith("Training clients: spire against fedavg_ft: held-out loss") for told in answer.findings)
+
+
+def test_several_of_ours_are_each_compared_with_the_others_and_with_the_first():
+    rows = found()
+    rows += [
+        {**row, "rival": "guided", "clients": {name: {**c, "kid": 0.25} for name, c in row["clients"].items()}}
+        for row in where(rows, rival="spire")
+    ]
+    answer = adaptation_answer(rows, ["spire", "guided", "fedavg_ft"], ["spire", "guided"])
+    matches = [("spire", "fedavg_ft"), ("guided", "spire"), ("guided", "fedavg_ft")]
+    assert list(dict.fromkeys((p["ours"], p["rival"]) for p in answer.numbers["paired"])) == matches
+    mean = {(p["ours"], p["rival"]): p["mean"] for p in answer.numbers["paired"] if p["figure"] == "kid"}
+    kid = where(rows, stage="final", rival="spire")[0]["clients"]["c1"]["kid"]
+    assert mean["guided", "spire"] == pytest.approx(0.25 - kid)
+    told = "With 8 images, guided against spire: held-out loss no difference that can be told"
+    assert any(finding.startswith(told) for finding in answer.findings)
+    names = [f"paired-{ours}-{figure}" for ours in ("spire", "guided") for figure in ("loss", "kid")]
+    assert [chart.name for chart in answer.charts][:4] == names
+
+    with pytest.raises(ConfigError, match="ours are guided, who are none of the rivals, spire, fedavg_ft"):
+        dataclasses.replace(STUDY, ours=("guided",))
 
 
 def test_no_ratio_where_the_rival_is_at_the_floor():
@@ -126,15 +148,15 @@ def test_no_ratio_where_the_rival_is_at_the_floor():
         for step, client in enumerate(row["clients"].values()):
             if row["stage"] == "final" and row["rival"] == "fedavg_ft":
                 client["kid"] = (-1) ** step * 0.4
-    at = adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].columns.index("above the floor / rival's")
-    assert adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].rows[1][at] == "rival at the floor"
-    assert adaptation_answer(found(), ["spire", "fedavg_ft"]).tables[0].rows[1][at] == pytest.approx(0.75)
+    at = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"]).tables[0].columns.index("above the floor / rival's")
+    assert adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"]).tables[0].rows[1][at] == "rival at the floor"
+    assert adaptation_answer(found(), ["spire", "fedavg_ft"], ["spire"]).tables[0].rows[1][at] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])
 def test_a_part_of_the_rows_is_answered_too(stages):
     kept = ["train", "adapt", "final"][:stages]
-    answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
+    answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"], ["spire"])
     told = "With 8 images, least held-out loss over the grid: spire 0.300, fedavg_ft 0.401. 1 seed so far"
     assert [finding[: len(told)] for finding in answer.findings] == ([told] if stages == 2 else [])
 

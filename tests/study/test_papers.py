@@ -67,7 +67,15 @@ def test_a_verdict_follows_the_numbers(judge, change):
 
 def pair(figure, mean):
     ends = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "num": 8}
-    return {"rival": "fedavg_ft", "images": 8, "kind": "all", "figure": figure, **ends, "over_seeds": ends}
+    return {
+        "ours": "spire",
+        "rival": "fedavg_ft",
+        "images": 8,
+        "kind": "all",
+        "figure": figure,
+        **ends,
+        "over_seeds": ends,
+    }
 
 
 @pytest.mark.parametrize(
@@ -78,6 +86,13 @@ def test_rivals_must_be_beaten_everywhere(means, verdict):
     numbers = {"paired": [pair("loss", mean) for mean in means] + [pair("kid", 0.9)]}
     assert papers.beats_rivals("loss")(numbers).verdict == verdict
     assert papers.beats_rivals("loss")({}).verdict == "not measured"
+
+
+def test_several_of_ours_are_no_rivals_of_each_other():
+    guided = [{**pair("kid", -0.5), "ours": "guided"}, {**pair("kid", 0.5), "ours": "guided", "rival": "spire"}]
+    numbers = {"paired": [pair("kid", 0.5), *guided]}
+    assert papers.beats_rivals("kid", ours="guided")(numbers).verdict == "agrees"
+    assert papers.beats_rivals("kid")(numbers).verdict == "disagrees"
 
 
 def test_kinds_of_new_clients_have_claims_of_their_own():

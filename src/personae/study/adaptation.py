@@ -43,8 +43,8 @@ class Adaptation:
 
     On `tuned_on`, the settings are chosen that are used on `seeds`. `changes` are overrides, "key=value", of every
     rival's recipe. `num_drawn` images are drawn per client in the grid, `num_final` at the chosen settings, where they
-    meet at least `num_references` real images of the client's mix of classes. The first rival is the one that the
-    others are compared with.
+    meet at least `num_references` real images of the client's mix of classes. `ours` are the rivals that all others
+    are compared with: the first, when left out.
     """
 
     rivals: tuple[Rival, ...]
@@ -57,6 +57,7 @@ class Adaptation:
     num_drawn: int = 64
     num_final: int = 500
     num_references: int = 90
+    ours: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [rival.name for rival in self.rivals]
@@ -71,6 +72,8 @@ class Adaptation:
                 f"steps are {list(self.steps)}, images {list(self.images)} and num_references {self.num_references}, "
                 "expected at least 1, 0 and 8"
             )
+        if unknown := sorted(set(self.ours) - set(names)):
+            raise ConfigError(f"ours are {', '.join(unknown)}, who are none of the rivals, {', '.join(names)}")
         for rival in self.rivals:
             load_recipe(rival.recipe, [*self.changes, *rival.changes])
 
@@ -139,7 +142,7 @@ class Adaptation:
         return {"clients": people, "diverged": diverged, "population_before": bench.population_before}
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        return adaptation_answer(found, [rival.name for rival in self.rivals])
+        return adaptation_answer(found, names := [rival.name for rival in self.rivals], self.ours or names[:1])
 
     def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
         summary = trained(folder, rival.recipe, [*self.changes, *rival.changes], seed + number).summary

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from personae.evaluate.charts import COLOURS, chart, logarithmic, logarithmic_x
 from personae.study.stats import Difference, Interval, by_seeds, interval
-from personae.study.study import Answer, Chart, Entry, Row, Table, where
+from personae.study.study import Answer, Chart, Entry, Row, Table, file_name, where
 
 TONES = ("after", "before", "up", "down", "real", "ink")
 FIGURES = {
@@ -23,6 +23,9 @@ FIGURES = {
     "kid": "kernel distance",
     "copy": "copy ratio",
 }
+DRAWN = ("loss", "kid")
+"""Of whose differences there is a chart."""
+
 EVERYONE = "all"
 
 
@@ -30,14 +33,15 @@ People = Mapping[tuple[int, str], Mapping[str, Any]]
 """Figures by seed and client."""
 
 
-def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
+def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]) -> Answer:
+    """`ours` are those of `rivals` that all others, and the first of ours, are subtracted from."""
     trained, grid, final = (where(found, stage=stage) for stage in ("train", "adapt", "final"))
     images = sorted({row["images"] for row in grid}, key=lambda n: n or math.inf)
     findings: list[str] = []
     tables = [_trained_table(trained, rivals)] if trained else []
-    before = _of_training_clients(trained, rivals)
+    before = _of_training_clients(trained, rivals, ours)
     if before:
-        tables.append(_trained_differences(before, rivals[0]))
+        tables.append(_trained_differences(before))
     charts = []
     if grid:
         tables.append(_spread_table(grid, rivals, images))
@@ -47,34 +51,39 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str]) -> Answer:
         findings = [_best_so_far(grid, rivals, count) for count in images]
     numbers: dict[str, Any] = {}
     if final:
-        ours = rivals[0]
         tables = [_final_table(final, grid, rivals, images), *tables]
-        differences = _differences(final, rivals, images)
+        differences = _differences(final, rivals, ours, images)
         if differences:
-            tables.insert(1, _paired_table(differences, ours))
-            charts.insert(0, _paired_chart(differences, ours))
-        findings = [_sentence(ours, at, found) for at, found in differences.items() if at[2] == EVERYONE]
-        findings += [*_by_kind(ours, differences), *_lost(final)]
-        findings += [f"Training clients: {_verdicts(ours, rival, found)}." for rival, found in before.items()]
+            tables.insert(1, _paired_table(differences))
+            charts[:0] = [
+                _paired_chart(differences, our, figure)
+                for our in dict.fromkeys(at[0] for at in differences)
+                for figure in DRAWN
+                if any(figure in found for at, found in differences.items() if at[0] == our)
+            ]
+        findings = [_sentence(at, found) for at, found in differences.items() if at[3] == EVERYONE]
+        findings += [*_by_kind(differences), *_lost(final)]
+        findings += [f"Training clients: {_verdicts(*at, found)}." for at, found in before.items()]
         numbers["trained"] = [
-            {"rival": rival, "figure": name, **found.numbers}
-            for rival, by_figure in before.items()
+            {"ours": our, "rival": rival, "figure": name, **found.numbers}
+            for (our, rival), by_figure in before.items()
             for name, found in by_figure.items()
         ]
         numbers["diverged"] = sum(len(row.get("diverged", ())) for row in final)
         numbers["paired"] = [
             {
+                "ours": our,
                 "rival": rival,
                 "images": count,
                 "kind": kind,
                 "figure": name,
                 **found.numbers,
             }
-            for (rival, count, kind), by_figure in differences.items()
+            for (our, rival, count, kind), by_figure in differences.items()
             for name, found in by_figure.items()
         ]
         moved = [c["population"] - row["population_before"] for row in final for c in people([row]).values()
-                 if row["rival"] == ours and row["population_before"] is not None]  # fmt: skip
+                 if row["rival"] in ours and row["population_before"] is not None]  # fmt: skip
         numbers["largest_change_of_others"] = max(map(abs, moved), default=None)
         numbers["final"] = [dict(zip(tables[0].columns, row, strict=True)) for row in tables[0].rows]
     return Answer(findings, numbers, tables, charts)
@@ -219,66 +228,73 @@ def _best_so_far(rows: Sequence[Row], rivals: Sequence[str], count: int) -> str:
     )
 
 
-Differences = Mapping[tuple[str, int, str], Mapping[str, Difference]]
-"""By rival, images and kind, then by figure."""
+def _matches(rivals: Sequence[str], ours: Sequence[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom."""
+    return [(our, rival) for our in ours for rival in rivals if rival not in ours or our != rival == ours[0]]
 
 
-def _differences(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Differences:
-    found: dict[tuple[str, int, str], dict[str, Difference]] = {}
+At = tuple[str, str, int, str]
+Differences = Mapping[At, Mapping[str, Difference]]
+"""By ours, rival, images and kind, then by figure."""
+
+
+def _differences(rows: Sequence[Row], rivals: Sequence[str], ours: Sequence[str], images: Sequence[int]) -> Differences:
+    found: dict[At, dict[str, Difference]] = {}
     for count in images:
-        ours = people(where(rows, rival=rivals[0], images=count))
-        kinds = sorted({client["kind"] for client in ours.values()}, reverse=True)
-        for rival in rivals[1:]:
-            theirs = people(where(rows, rival=rival, images=count))
+        clients = {rival: people(where(rows, rival=rival, images=count)) for rival in rivals}
+        for our, rival in _matches(rivals, ours):
+            kinds = sorted({client["kind"] for client in clients[our].values()}, reverse=True)
             for kind in (EVERYONE, *kinds):
-                own = {at: client for at, client in ours.items() if kind in (EVERYONE, client["kind"])}
-                apart = {name: by_seeds(_each(own, name), _each(theirs, name)) for name in FIGURES}
+                own = {at: client for at, client in clients[our].items() if kind in (EVERYONE, client["kind"])}
+                apart = {name: by_seeds(_each(own, name), _each(clients[rival], name)) for name in FIGURES}
                 if told := {name: one for name, one in apart.items() if one is not None}:
-                    found[(rival, count, kind)] = told
+                    found[(our, rival, count, kind)] = told
     return found
 
 
-def _of_training_clients(rows: Sequence[Row], rivals: Sequence[str]) -> Mapping[str, Mapping[str, Difference]]:
+def _of_training_clients(
+    rows: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]
+) -> Mapping[tuple[str, str], Mapping[str, Difference]]:
     """Ours minus each rival, by figure, with the personal models of those who trained."""
     clients = {rival: people(where(rows, rival=rival)) for rival in rivals}
     own = {name: {at: c for at, c in found.items() if c["role"] == "train"} for name, found in clients.items()}
     found = {
-        rival: {name: by_seeds(_each(own[rivals[0]], name), _each(own[rival], name)) for name in FIGURES}
-        for rival in rivals[1:]
+        (our, rival): {name: by_seeds(_each(own[our], name), _each(own[rival], name)) for name in FIGURES}
+        for our, rival in _matches(rivals, ours)
     }
-    return {rival: told for rival, by in found.items() if (told := {k: v for k, v in by.items() if v is not None})}
+    return {at: told for at, by in found.items() if (told := {k: v for k, v in by.items() if v is not None})}
 
 
 def _each(clients: People, figure: str) -> dict[tuple[int, str], float]:
     return {at: client[figure] for at, client in clients.items() if client.get(figure) is not None}
 
 
-def _trained_differences(differences: Mapping[str, Mapping[str, Difference]], ours: str) -> Table:
+def _trained_differences(differences: Mapping[tuple[str, str], Mapping[str, Difference]]) -> Table:
     titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
     entries: list[list[Entry]] = [
-        [rival, found["loss"].pooled.num, *_texts(found)] for rival, found in differences.items()
+        [our, rival, found["loss"].pooled.num, *_texts(found)] for (our, rival), found in differences.items()
     ]
-    note = f"{BELOW.format(ours=ours)} Personal models of those who trained, at each recipe's own settings, all seeds."
-    return Table("Training clients, paired differences", (f"{ours} minus", "pairs", *titles), entries, note)
+    note = f"{BELOW} Personal models of those who trained, at each recipe's own settings, all seeds."
+    return Table("Training clients, paired differences", ("ours", "minus", "pairs", *titles), entries, note)
 
 
-def _paired_table(differences: Differences, ours: str) -> Table:
+def _paired_table(differences: Differences) -> Table:
     titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
-    columns = ("images", "new clients' classes", f"{ours} minus", "pairs", *titles)
+    columns = ("images", "new clients' classes", "ours", "minus", "pairs", *titles)
     entries: list[list[Entry]] = [
-        [_count(count), kind, rival, found["loss"].pooled.num, *_texts(found)]
-        for (rival, count, kind), found in differences.items()
+        [_count(count), kind, our, rival, found["loss"].pooled.num, *_texts(found)]
+        for (our, rival, count, kind), found in differences.items()
     ]
     note = (
         "Mean paired difference and its 95 % interval by Student's t: over all clients, as if they were independent, "
         "though clients of a seed share its trained models, and over the means of the seeds, which errs to the other "
-        f"side with few of them. {BELOW.format(ours=ours)} Seen: the mix of classes of a client that "
+        f"side with few of them. {BELOW} Seen: the mix of classes of a client that "
         "trained; mixed: half and half those of two; absent: a class that nobody had."
     )
     return Table("Paired differences", columns, entries, note)
 
 
-BELOW = "Below 0 is better for {ours}, of the copy ratio above 0; * excludes 0."
+BELOW = "Below 0 ours is better, of the copy ratio above 0; * excludes 0."
 
 
 def _texts(found: Mapping[str, Difference]) -> list[str]:
@@ -286,9 +302,9 @@ def _texts(found: Mapping[str, Difference]) -> list[str]:
     return [text for pair in both for text in (map(_text, pair) if pair else ("", ""))]
 
 
-def _sentence(ours: str, at: tuple[str, int, str], found: Mapping[str, Difference]) -> str:
-    rival, count, _ = at
-    return f"With {_count(count)} images, {_verdicts(ours, rival, found)}."
+def _sentence(at: At, found: Mapping[str, Difference]) -> str:
+    our, rival, count, _ = at
+    return f"With {_count(count)} images, {_verdicts(our, rival, found)}."
 
 
 def _verdicts(ours: str, rival: str, found: Mapping[str, Difference]) -> str:
@@ -305,11 +321,11 @@ def _verdicts(ours: str, rival: str, found: Mapping[str, Difference]) -> str:
     return f"{ours} against {rival}: {'; '.join(parts)}"
 
 
-def _by_kind(ours: str, differences: Differences) -> list[str]:
+def _by_kind(differences: Differences) -> list[str]:
     """Where it wins and where it loses: one sentence for each number of images and kind of new clients."""
     told = []
-    for count, kind in dict.fromkeys((at[1], at[2]) for at in differences if at[2] != EVERYONE):
-        losses = {at[0]: found["loss"] for at, found in differences.items() if at[1:] == (count, kind)}
+    for our, count, kind in dict.fromkeys((at[0], *at[2:]) for at in differences if at[3] != EVERYONE):
+        losses = {at[1]: found["loss"] for at, found in differences.items() if (at[0], *at[2:]) == (our, count, kind)}
         sides = {
             "below": {rival: loss for rival, loss in losses.items() if loss.pooled.high < 0},
             "above": {rival: loss for rival, loss in losses.items() if loss.pooled.low > 0},
@@ -322,7 +338,7 @@ def _by_kind(ours: str, differences: Differences) -> list[str]:
         ]
         parts += [f"not told apart from {', '.join(undecided)}"] * bool(undecided)
         told.append(
-            f"With {_count(count)} images and classes {KIND[kind]}, {ours}'s held-out loss is {'; '.join(parts)}."
+            f"With {_count(count)} images and classes {KIND[kind]}, {our}'s held-out loss is {'; '.join(parts)}."
         )
     return told
 
@@ -339,22 +355,23 @@ KIND = {
 # --- charts ----------------------------------------------------------------------------------------------------
 
 
-def _paired_chart(differences: Differences, ours: str) -> Chart:
-    rows = list(differences.items())
+def _paired_chart(differences: Differences, ours: str, figure: str) -> Chart:
+    rows = [(at[1:], found[figure].pooled) for at, found in differences.items() if at[0] == ours and figure in found]
+    title = FIGURES[figure]
 
     def draw(axes: Axes) -> None:
-        for line, (_, found) in enumerate(rows):
-            loss = found["loss"].pooled
-            tone = "muted" if not loss.excludes(0) else "after" if loss.mean < 0 else "before"
-            axes.plot([loss.low, loss.high], [line, line], color=COLOURS[tone], linewidth=2.4)
-            axes.plot(loss.mean, line, "o", color=COLOURS[tone], markersize=6)
+        for line, (_, apart) in enumerate(rows):
+            tone = "muted" if not apart.excludes(0) else "after" if apart.mean < 0 else "before"
+            axes.plot([apart.low, apart.high], [line, line], color=COLOURS[tone], linewidth=2.4)
+            axes.plot(apart.mean, line, "o", color=COLOURS[tone], markersize=6)
         axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
         axes.set_yticks(range(len(rows)), [f"{rival}, {_count(n)} images, {kind}" for (rival, n, kind), _ in rows])
-        axes.set(ylim=(len(rows) - 0.4, -0.6), title=f"Held-out loss: {ours} minus rival, 95 % interval")
+        axes.set(ylim=(len(rows) - 0.4, -0.6), title=f"{title.capitalize()}: {ours} minus rival, 95 % interval")
         axes.spines["left"].set_visible(False)
 
-    drawing = chart("paired", 7.0, 0.9 + 0.26 * len(rows), draw, "Paired differences of the held-out loss")
-    return Chart("paired", drawing, f"Left of the line {ours} is better. Grey where the interval holds 0.")
+    name = file_name("paired", ours, figure)
+    drawing = chart(name, 7.0, 0.9 + 0.26 * len(rows), draw, f"Paired differences of the {title}")
+    return Chart(name, drawing, f"Left of the line {ours} is better. Grey where the interval holds 0.")
 
 
 def _rates_chart(rows: Sequence[Row], rivals: Sequence[str], images: Sequence[int]) -> Chart:
