@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move, words_of
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Client, Denoiser, Plan, State, Task, pick
 from personae.errors import ConfigError
 from personae.objective.overlap import overlap
@@ -33,7 +33,7 @@ class CLora:
     rank: int = 16
     layers: Layers = "cross_kv"
     weight: float = 1e6
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     @property
     def parts(self) -> Parts:

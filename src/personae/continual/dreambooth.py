@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personae.continual.contract import Layers, Need, Parts, adapters, draw_with, may_move
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Batch, Client, Denoiser, Loss, Noised, Plan, State, Task
 from personae.errors import ConfigError
 from personae.objective.denoising import denoising, noised
@@ -33,7 +33,7 @@ class DreamBooth:
     rank: int = 16
     layers: Layers = "cross_kv"
     prior_weight: float = 1.0
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     @property
     def parts(self) -> Parts:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from personae.continual.contract import Layers, Need, Parts, adapters, caption, draw_with, may_move
 from personae.continual.ewc import TEMPERATURE, Ewc, temperature
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Arrays, Batch, Client, Denoiser, Noised, Penalty, Plan, State, Task, Training, pick
 from personae.errors import ConfigError
 from personae.local.fit import fit
@@ -52,7 +52,7 @@ class Dsc:
     score_weight: float = 0.1
     noise_weight: float = 1.0
     ewc: Ewc | None = None
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     def __post_init__(self) -> None:
         if self.ewc is not None and any(getattr(self.ewc, name) != getattr(self, name) for name in SHARED):

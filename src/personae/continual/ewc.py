@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from personae.continual.contract import Layers, Need, Parts, adapters, caption, draw_with, may_move
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Arrays, Client, Denoiser, Facts, Penalty, Plan, State, Task, device_of, stream
 from personae.errors import ConfigError
 from personae.objective.dc_score import calibrated, candidate_errors, cross_entropy, dc_errors, noise_bank
@@ -49,7 +49,7 @@ class Ewc:
     decay: float = 1.0
     draws: int = 200
     candidates: int = 5
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.candidates < 0:

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Arrays, Client, Denoiser, Plan, State, Task
 from personae.personal.delta import absorbed, is_delta
 from personae.personal.lora import is_lora
@@ -30,7 +30,7 @@ class MergedLora:
     rank: int = 16
     layers: Layers = "cross_kv"
     merge: Literal["sum", "larger"] = "sum"
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     @property
     def parts(self) -> Parts:

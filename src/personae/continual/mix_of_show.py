@@ -21,7 +21,7 @@ from personae.continual.contract import (
 )
 from personae.continual.custom_diffusion import untaught
 from personae.continual.features import CAPTION, by_source, picture_grams, text_vectors
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Client, Denoiser, Plan, State, Task, stream
 from personae.errors import ConfigError
 from personae.personal.delta import DELTA
@@ -61,7 +61,7 @@ class MixOfShow:
     sampling_steps: int = 20
     general_weight: float = 1.0
     ridge: float = RIDGE
-    word_rate: float = 10.0
+    word_rate: float = WORD_RATE
 
     def __post_init__(self) -> None:
         if self.sampling_steps < 1:

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from personae.continual.contract import Layers, Need, Parts, adapters_and_changes, draw_with, may_move
-from personae.continual.sequential_lora import rate_of_words
+from personae.continual.sequential_lora import WORD_RATE, rate_of_words
 from personae.core import Client, Denoiser, Plan, State, Task, stream
 from personae.errors import ConfigError
 from personae.personal.delta import absorbed
@@ -39,7 +39,7 @@ class Orthogonal:
     layers: Layers = "cross_kv"
     factor: float = 1.0
     basis_seed: int = 0
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     @property
     def parts(self) -> Parts:

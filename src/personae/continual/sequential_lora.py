@@ -10,6 +10,9 @@ from personae.core import Client, Denoiser, Plan, State, Task
 from personae.personal.lora import is_lora
 from personae.personal.tokens import is_word
 
+WORD_RATE = 10.0
+"""Of the rate of adapters: at one and the same rate a word learns hardly anything of its concept. Ours."""
+
 
 @dataclass(frozen=True)
 class SequentialLora:
@@ -23,7 +26,7 @@ class SequentialLora:
 
     rank: int = 16
     layers: Layers = "cross_kv"
-    word_rate: float = 1.0
+    word_rate: float = WORD_RATE
 
     @property
     def parts(self) -> Parts:
