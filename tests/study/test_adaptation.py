@@ -1,9 +1,11 @@
 """The comparison of adapting clients: which cells, whose held-out images choose, and what a finished one says."""
 
+import copy
 import dataclasses
 import itertools
 
 import pytest
+import torch
 
 from personae.core import Training
 from personae.errors import ConfigError, DataError
@@ -218,6 +220,15 @@ def test_the_same_cell_measured_again_gives_the_same(bench):
     bench.adapted("c4", Training(3, 1.0, 4), images=3, drawn=8, references=0)
     assert bench.adapted("c4", how, images=0, drawn=24, references=24) == first
     assert first["kid_features"] == bench.features.name
+
+
+def test_pictures_are_drawn_as_the_recipe_says(bench):
+    guided = dataclasses.replace(bench.recipe, sampling=dataclasses.replace(bench.recipe.sampling, guidance=3.0))
+    louder = copy.copy(bench)
+    louder.recipe = guided
+    bench.adapted("c4", Training(3, 0.5, 4), images=0, drawn=8, references=0)
+    assert bench.drawn("c4", 4).shape == louder.drawn("c4", 4).shape
+    assert not torch.equal(bench.drawn("c4", 4), louder.drawn("c4", 4))
 
 
 def test_references_have_the_clients_mix_and_nobody_trained_on_them(bench):

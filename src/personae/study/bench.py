@@ -22,7 +22,7 @@ from personae.evaluate.distances import kid
 from personae.evaluate.features import Features, features_by_name
 from personae.evaluate.histogram import class_histogram, histogram_distance
 from personae.evaluate.loss import denoising_loss
-from personae.infer.sample import sample, to_bytes
+from personae.recipe import measuring
 from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model, build_denoiser
@@ -118,8 +118,7 @@ class Bench:
 
     def drawn(self, name: str, num_images: int) -> Tensor:
         """By the model as it is loaded now, uint8 [num_images, C, H, W]; equal names start from equal noise."""
-        options, rng = self.recipe.sampling, stream(self.recipe.seed, "sample", name)
-        return to_bytes(sample(self.model, num_images, rng, sampler=options.sampler, steps=options.steps))
+        return measuring.drawn(self.recipe, self.model, [name], num_images)[0]
 
     def _population_loss(self, unconditional: bool) -> float:
         """Of training clients' held-out images, with the population's vector or the one that is loaded."""
