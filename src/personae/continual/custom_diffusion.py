@@ -47,7 +47,7 @@ class CustomDiffusion:
 
     prior_weight: float = 1.0
     ridge: float = RIDGE
-    word_rate: float = 1.0
+    word_rate: float = 5.0
 
     @property
     def parts(self) -> Parts:
