@@ -261,6 +261,7 @@ def test_the_adjusted_rand_index_of_a_published_table():
         ({"rates": ()}, "rates are"),
         ({"num_names": 1}, "num_names is 1"),
         ({"recipe": "digits/spire"}, "another method"),
+        ({"changes": ("cohort=3",)}, "takes 3 of its clients in a round"),
     ],
 )
 def test_problems_are_named(changes, message):

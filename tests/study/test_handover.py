@@ -13,9 +13,11 @@ from personae.errors import ConfigError, DataError
 from personae.evaluate.text2image_features import renderings, statistics
 from personae.infer.split import LATENT, SplitPlan, begin
 from personae.personal.tokens import is_word
+from personae.recipe.build import build_clients
+from personae.recipe.config import load_recipe, read_table
 from personae.serve.client import neutral
 from personae.serve.edge import shared_model
-from personae.study.by_style import style_of
+from personae.study.by_style import held_names, style_of, styles_of
 from personae.study.handover import (
     Handover,
     clean,
@@ -163,6 +165,18 @@ def test_a_group_is_drawn_with_its_own_adapter(known):
     assert cluster.keys() == own.keys() and released.keys() == {name for name in own if not is_word(name)}
     number = known.state.facts["cluster of c1"]
     assert all(torch.equal(cluster[name], known.state.extras[f"cluster.{number}.{name}"]) for name in released)
+
+
+def test_the_shipped_recipe_leaves_things_to_draw_to_every_client_of_every_seed(known):
+    settings = read_table("collaborative/handover")[0]["settings"]
+    for seed in settings["seeds"]:
+        clients = build_clients(load_recipe(settings["recipe"], [f"seed={seed}"]))
+        styles, held = styles_of(clients), {name: held_names(clients, name) for name in clients.train}
+        drawn = dataclasses.replace(known, styles=styles, held=held).names(settings["num_names"])
+        assert all(len(set(names)) == settings["num_names"] and not held[c] & set(names) for c, names in drawn.items())
+        for style in styles.values():
+            own = [names for client, names in drawn.items() if styles[client] == style]
+            assert len(set(own)) == len(own), "clients of a style draw other things"
 
 
 def test_nobody_draws_what_it_holds_or_what_the_probe_was_fitted_on(known):

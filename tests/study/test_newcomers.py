@@ -9,9 +9,10 @@ from personae.errors import ConfigError, DataError
 from personae.evaluate.grouping import auroc
 from personae.evaluate.loss import denoising_loss
 from personae.recipe.build import build_clients
-from personae.recipe.config import load_recipe
+from personae.recipe.config import load_recipe, read_table
 from personae.recipe.workflow import open_run
 from personae.study.by_style import kept_in, server_of, styles_of
+from personae.study.config import parse_study
 from personae.study.newcomers import Newcomers
 from personae.study.newcomers_report import a_quarter, first_near
 from personae.study.study import where
@@ -67,6 +68,18 @@ def test_the_withheld_style_comes_late_with_one_of_every_other(done):
     stayed = next(name for name in styles if name not in late["newcomers"])
     assert without["losses"].keys() == late["losses"].keys() == styles.keys()
     assert without["losses"][stayed] > 0
+
+
+def test_nobody_but_the_withheld_style_is_late_twice_in_the_shipped_recipe():
+    table, _ = read_table("collaborative/newcomers")
+    _, study = parse_study(table, "newcomers")
+    recipe = load_recipe(study.recipe, study.changes)
+    styles = styles_of(build_clients(recipe), recipe.data.styles)
+    late = {withheld: study._late(withheld, recipe.seed) for withheld in study.withheld}
+    others = [name for withheld, names in late.items() for name in names if styles[name] != withheld]
+    assert len(set(others)) == len(others) == len(late) * (len(set(styles.values())) - 1)
+    for withheld, names in late.items():
+        assert {name for name in styles if styles[name] == withheld} <= set(names)
 
 
 def test_the_server_says_how_like_its_groups_each_newcomer_is(done):

@@ -1,5 +1,6 @@
 """Claims are judged by numbers of their study, never by themselves."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_rivals_must_be_beaten_everywhere(means, verdict):
     numbers = {"paired": [pair("loss", mean) for mean in means] + [pair("kid", 0.9)]}
     assert papers.beats_rivals("loss")(numbers).verdict == verdict
     assert papers.beats_rivals("loss")({}).verdict == "not measured"
+
+
+def test_claims_about_learners_name_those_of_their_recipe():
+    named = 0
+    for claim in papers.CLAIMS:
+        inside = inspect.getclosurevars(inspect.unwrap(claim.judge)).nonlocals
+        if claim.judge.__qualname__.startswith(papers.ends_above.__name__):
+            learners = {learner["name"] for learner in read_table(claim.recipe)[0]["settings"]["learners"]}
+            assert {*inside["ours"], *inside["rivals"]} <= learners, claim.claim
+            named += 1
+    assert named > 1
 
 
 def test_several_of_ours_are_no_rivals_of_each_other():

@@ -76,7 +76,7 @@ class Spire:
     def local(self, client: Client, got: State, kept: State) -> tuple[Update, State]:
         warm = int(got.facts["round"]) >= self.embedding_warmup_rounds
         bent = replace(client, plan=replace(client.plan, rate=self._rate, optimizer=self._optimizer))
-        with self._noise(client) if warm else nullcontext():
+        with self._noise(client) if warm and self.embedding_noise else nullcontext():
             fitted = fit(bent, everything if warm else neither(self.personal), self.training, kept.extras)
         shared, own = divide(client.model.params(), self.personal)
         moments = pick(fitted.moments, lambda name: name.endswith(EMBEDDING) and not name.endswith(NULL_EMBEDDING))
@@ -99,14 +99,13 @@ class Spire:
 
     @contextmanager
     def _noise(self, client: Client) -> Iterator[None]:
-        if not self.embedding_noise:
-            yield
-            return
         vector, rng = client.model.live()[EMBEDDING], stream(client.rng.initial_seed(), "embedding noise")
         added = (self.embedding_noise * torch.randn(vector.shape, generator=rng)).to(vector)
         vector.data += added
-        yield
-        vector.data -= added
+        try:
+            yield
+        finally:
+            vector.data -= added
 
     def _rate(self, name: str) -> float:
         return self.embedding_rate if self.personal(name) else 1.0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from personae.continual.contract import Continual, load_kept, words_of
+from personae.continual.sequential_lora import rate_of_words
 from personae.core import Client, ClientData, Plan, State, joined, stream
 from personae.local.fit import fit
 from personae.personal.delta import is_delta
@@ -36,7 +37,10 @@ def learn_jointly(recipe: SequenceRecipe, method: Continual) -> dict[str, Any]:
     ]
     everything = ClientData(joined([each.train for each in data]), joined([each.heldout for each in data]))
     own = frozenset().union(*(words_of(task) for task in tasks))
-    plan = Plan(lambda name: name in own or is_lora(name) or (is_delta(name) and parts.lora is None))
+    plan = Plan(
+        lambda name: name in own or is_lora(name) or (is_delta(name) and parts.lora is None),
+        rate=rate_of_words(getattr(method, "word_rate", 1.0)),
+    )
     how = replace(recipe.lesson.training, steps=recipe.lesson.training.steps * recipe.lesson.stretches * len(tasks))
     fit(Client("joint", everything, model, stream(recipe.seed, "joint"), plan, tasks=tuple(tasks)), plan.may_move, how)
     heldout = {task.name: each.heldout for task, each in zip(tasks, data, strict=True)}

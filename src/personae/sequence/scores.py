@@ -5,6 +5,7 @@ Letters in shapes: `B` pictures, `K` concepts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def scores_of(
     for name, images in heldout.items():
         with torch.no_grad():
             x_0 = model.encode(images.floats().to(device_of(model)))
-        candidates = [[text.replace(said[name], other) for other in said.values()] for text in images.captions]
+        candidates = [[_said_so(text, said[name], other) for other in said.values()] for text in images.captions]
         errors = torch.cat(
             [
                 dc_errors(model, one[None], texts, bank, batch_size=latents_at_once(model))
@@ -57,8 +58,13 @@ def scores_of(
 
 
 def saying(images: Images, said: str, instead: str) -> Images:
-    """The same with other words for the concept in their captions."""
-    return Images(images.pixels, captions=tuple(text.replace(said, instead) for text in images.captions))
+    """The same with other words for the concept in their captions, and the article that goes with them."""
+    return Images(images.pixels, captions=tuple(_said_so(text, said, instead) for text in images.captions))
+
+
+def _said_so(text: str, said: str, instead: str) -> str:
+    article = "an" if instead[0] in "aeiou" else "a"
+    return re.sub(rf"\ban? {re.escape(said)}", f"{article} {instead}", text).replace(said, instead)
 
 
 def loss_of(model: Denoiser, recipe: SequenceRecipe, images: Images) -> float:

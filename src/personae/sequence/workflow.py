@@ -417,7 +417,8 @@ class SavedSequence:
         """What the concept looks like now, in samples/<new concept>/<concept>.png, and what all others do; of those,
         while a recipe has more concepts to come, nothing is drawn."""
         options, count = self.recipe.sampling, self.recipe.scoring.num_images
-        last = len(self.tasks) + 1 >= len(self.recipe.concepts)
+        taught = {task.name, *(event["concept"] for event in self.events)}
+        last = all(concept.name in taught for concept in self.recipe.concepts)
         for each in [*(self.tasks if last else ()), task]:
             said = (caption(each, self.method.said(each)),) * count
             rng = stream(self.recipe.seed, "shown", each.name)

@@ -274,7 +274,10 @@ def _trained_differences(differences: Mapping[tuple[str, str], Mapping[str, Diff
     entries: list[list[Entry]] = [
         [our, rival, found["loss"].pooled.num, *_texts(found)] for (our, rival), found in differences.items()
     ]
-    note = f"{BELOW} Personal models of those who trained, at each recipe's own settings, all seeds."
+    note = (
+        f"{BELOW} Personal models of those who trained, at each recipe's own settings, all seeds; central training has "
+        "one model for all."
+    )
     return Table("Training clients, paired differences", ("ours", "minus", "pairs", *titles), entries, note)
 
 

@@ -114,6 +114,11 @@ class Collaboration:
                     f"{self.recipe} is of another method, or its data.caption has no {{thing}}; expected cluster_lora, "
                     "whose options vary here, and a caption into which things can be put"
                 )
+            if recipe.cohort is not None:
+                raise ConfigError(
+                    f"{self.recipe} takes {recipe.cohort} of its clients in a round, and everybody is to have a group; "
+                    "expected all"
+                )
 
     # --- what is to be measured --------------------------------------------------------------------------------------
 
@@ -173,7 +178,7 @@ class Collaboration:
             "seconds": summary["wall_seconds"],
         }
         groups = groups_in(server.facts)
-        if groups.keys() >= styles.keys():
+        if groups:
             groups = {name: groups[name] for name in styles}
             seen = torch.stack([server.extras[f"seen.{name}"] for name in styles])
             pure = [name for name, style in styles.items() if len(shares_of(style)) == 1]

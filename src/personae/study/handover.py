@@ -222,14 +222,22 @@ class Federation:
         return str(self.run.recipe.data.caption)
 
     def names(self, count: int) -> dict[str, tuple[str, ...]]:
-        """What every client draws. Raises: DataError, when there are too few names."""
-        known = [name for name in scene_names() if name in set(self.probe.other_names)]
+        """What every client draws: nothing that it holds, and others of a style other things, as far as there are any.
+
+        Raises: DataError, when there are too few names.
+        """
+        others = set(self.probe.other_names)
+        known = [name for name in scene_names() if name in others]
         new = {client: [name for name in known if name not in self.held[client]] for client in self.styles}
         if (fewest := min(map(len, new.values()))) < count:
             raise DataError(
                 f"every client is to draw {count} things that it does not hold, and one has {fewest}; lower num_names"
             )
-        return {client: tuple(names[:count]) for client, names in new.items()}
+        places = {client: list(self.styles.values())[:at].count(self.styles[client]) for at, client in enumerate(new)}
+        return {
+            client: tuple(names[(places[client] * count + at) % len(names)] for at in range(count))
+            for client, names in new.items()
+        }
 
     def of_cluster(self, client: str) -> Any:
         """The model with the adapter of the client's group, as the server has it, and the client's own words."""

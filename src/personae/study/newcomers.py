@@ -156,11 +156,13 @@ class Newcomers:
     def _late(self, withheld: str, seed: int) -> list[str]:
         """All clients of the withheld style, and one of each other: the first, the second and so on in their turn."""
         recipe = load_recipe(self.recipe, [*self.changes, f"seed={seed}"])
-        styles, turn = styles_of(build_clients(recipe), recipe.data.styles), self.withheld.index(withheld)
-        members = {style: [name for name in styles if styles[name] == style] for style in styles.values()}
-        return sorted(
-            name for style, own in members.items() for name in (own if style == withheld else [own[turn % len(own)]])
-        )
+        styles = styles_of(build_clients(recipe), recipe.data.styles)
+        late = [name for name in styles if styles[name] == withheld]
+        for style in dict.fromkeys(styles.values()):
+            if style != withheld:
+                own, turn = [name for name in styles if styles[name] == style], [w for w in self.withheld if w != style]
+                late.append(own[turn.index(withheld) % len(own)])
+        return sorted(late)
 
     # --- the answer --------------------------------------------------------------------------------------------------
 
