@@ -104,7 +104,8 @@ def canonical(change: LowRank) -> LowRank:
 def recompressed(change: LowRank, rank: int) -> LowRank:
     """The nearest change of at most this rank in Frobenius norm, in the form of `canonical`.
 
-    Where there is less to keep than the rank has room for, B has zeros: the room can be trained.
+    Where there is less to keep than the rank has room for, B has zeros: the room can be trained. There is never more
+    room than the factors given have, whatever `rank` says.
 
     From QR of both factors and SVD of an R x R core, in float64: O((M + N) R^2 + R^3).
     Source: Eckart, Young 1936.
