@@ -11,7 +11,7 @@ from personae.core import Training
 from personae.errors import ConfigError, DataError
 from personae.recipe.build import build_clients
 from personae.recipe.config import load_recipe, read_table
-from personae.study.adaptation import Adaptation, Rival
+from personae.study.adaptation import Adaptation, Redrawn, Rival
 from personae.study.adaptation_report import adaptation_answer
 from personae.study.bench import adapting, kinds_of, open_bench
 from personae.study.study import where
@@ -63,6 +63,15 @@ def test_settings_are_chosen_on_the_first_seeds_and_used_on_the_others():
     assert [sum(row["stage"] == stage for row in rows) for stage in ("train", "adapt", "final")] == [6, 6, 4]
 
 
+def test_the_first_is_drawn_otherwise_at_its_chosen_settings_and_trains_and_tunes_no_more():
+    study = dataclasses.replace(STUDY, redrawn=(Redrawn("guided", ("sampling.guidance=2",)),))
+    rows = found(study, {("spire", 0, 0.01, 50): 0.1})
+    own = [(row["stage"], row["seed"], row["rate"], row["steps"]) for row in where(rows, rival="guided")]
+    assert own == [("final", 1, 0.01, 50), ("final", 2, 0.01, 50)]
+    assert [row for row in rows if row["rival"] != "guided"] == found(losses={("spire", 0, 0.01, 50): 0.1})
+    assert {paired["ours"] for paired in study.answer(rows).numbers["paired"]} == {"spire", "guided"}
+
+
 def test_the_setting_with_the_least_loss_is_chosen_for_each_method():
     rows = found(losses={("spire", 0, 0.01, 50): 0.1, ("spire", 1, 0.1, 5): 0.05})
     assert STUDY.chosen(rows, "spire", 8) == (0.01, 50)
@@ -87,13 +96,13 @@ def test_whom_the_comparison_lacks_is_said():
     for row in rows:
         if row["stage"] == "final" and row["rival"] == "fedavg_ft" and row["seed"] == 2:
             row["clients"], row["diverged"] = {"c1": row["clients"]["c1"]}, ["c2"]
-    answer = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"])
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
     assert any("fedavg_ft diverged for c2 of seed 2" in finding for finding in answer.findings)
     assert answer.numbers["diverged"] == 1 and answer.numbers["paired"][0]["num"] == 3
 
 
 def test_the_answer_pairs_clients_and_counts_them():
-    answer = adaptation_answer(found(), ["spire", "fedavg_ft"], ["spire"])
+    answer = adaptation_answer(found(), ["spire", "fedavg_ft"])
     paired = {(p["figure"], p["kind"]): p for p in answer.numbers["paired"]}
     assert paired["loss", "all"]["mean"] == pytest.approx(-0.1)
     assert paired["loss", "all"]["num"] == 4 and paired["loss", "all"]["high"] < 0
@@ -114,7 +123,7 @@ def test_training_clients_are_compared_too_without_those_who_are_new():
         if row["stage"] == "train" and row["rival"] == "spire":
             row["clients"]["c0"] |= {"loss": 0.25 - 0.1 * (1 + row["seed"]), "kid": 0.5, "distance": None}
             row["clients"]["c1"] |= {"loss": 9.0}
-    answer = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"])
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"])
     trained = {one["figure"]: one for one in answer.numbers["trained"]}
     assert trained.keys() == {"loss", "kid", "copy"} and trained["kid"]["mean"] == 0.5
     assert trained["loss"]["mean"] == pytest.approx(-0.2) and trained["loss"]["num"] == 3
@@ -123,13 +132,13 @@ def test_training_clients_are_compared_too_without_those_who_are_new():
     assert any(told.startswith("Training clients: spire against fedavg_ft: held-out loss") for told in answer.findings)
 
 
-def test_several_of_ours_are_each_compared_with_the_others_and_with_the_first():
+def test_those_drawn_otherwise_are_compared_with_the_others_and_with_the_first():
     rows = found()
     rows += [
         {**row, "rival": "guided", "clients": {name: {**c, "kid": 0.25} for name, c in row["clients"].items()}}
-        for row in where(rows, rival="spire")
+        for row in where(rows, rival="spire", stage="final")
     ]
-    answer = adaptation_answer(rows, ["spire", "guided", "fedavg_ft"], ["spire", "guided"])
+    answer = adaptation_answer(rows, ["spire", "fedavg_ft"], ["guided"])
     matches = [("spire", "fedavg_ft"), ("guided", "spire"), ("guided", "fedavg_ft")]
     assert list(dict.fromkeys((p["ours"], p["rival"]) for p in answer.numbers["paired"])) == matches
     mean = {(p["ours"], p["rival"]): p["mean"] for p in answer.numbers["paired"] if p["figure"] == "kid"}
@@ -139,9 +148,8 @@ def test_several_of_ours_are_each_compared_with_the_others_and_with_the_first():
     assert any(finding.startswith(told) for finding in answer.findings)
     names = [f"paired-{ours}-{figure}" for ours in ("spire", "guided") for figure in ("loss", "kid")]
     assert [chart.name for chart in answer.charts][:4] == names
-
-    with pytest.raises(ConfigError, match="ours are guided, who are none of the rivals, spire, fedavg_ft"):
-        dataclasses.replace(STUDY, ours=("guided",))
+    (trained,) = [table for table in answer.tables if table.title.startswith("Training clients, and new")]
+    assert [row[0] for row in trained.rows] == ["spire", "fedavg_ft"]
 
 
 def test_no_ratio_where_the_rival_is_at_the_floor():
@@ -150,15 +158,15 @@ def test_no_ratio_where_the_rival_is_at_the_floor():
         for step, client in enumerate(row["clients"].values()):
             if row["stage"] == "final" and row["rival"] == "fedavg_ft":
                 client["kid"] = (-1) ** step * 0.4
-    at = adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"]).tables[0].columns.index("above the floor / rival's")
-    assert adaptation_answer(rows, ["spire", "fedavg_ft"], ["spire"]).tables[0].rows[1][at] == "rival at the floor"
-    assert adaptation_answer(found(), ["spire", "fedavg_ft"], ["spire"]).tables[0].rows[1][at] == pytest.approx(0.75)
+    at = adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].columns.index("above the floor / rival's")
+    assert adaptation_answer(rows, ["spire", "fedavg_ft"]).tables[0].rows[1][at] == "rival at the floor"
+    assert adaptation_answer(found(), ["spire", "fedavg_ft"]).tables[0].rows[1][at] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])
 def test_a_part_of_the_rows_is_answered_too(stages):
     kept = ["train", "adapt", "final"][:stages]
-    answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"], ["spire"])
+    answer = adaptation_answer([row for row in found() if row["stage"] in kept], ["spire", "fedavg_ft"])
     told = "With 8 images, least held-out loss over the grid: spire 0.300, fedavg_ft 0.401. 1 seed so far"
     assert [finding[: len(told)] for finding in answer.findings] == ([told] if stages == 2 else [])
 
@@ -168,6 +176,12 @@ def test_problems_are_named():
         Rival("spire", "digits/spire", ())
     with pytest.raises(ConfigError, match="names of their own"):
         Adaptation((STUDY.rivals[0], STUDY.rivals[0]), (0,), (1,), (8,), (5,))
+    with pytest.raises(ConfigError, match="names of their own"):
+        dataclasses.replace(STUDY, redrawn=(Redrawn("spire", ("sampling.guidance=2",)),))
+    with pytest.raises(ConfigError, match="what trains otherwise is a rival of its own"):
+        Redrawn("guided", ("sampling.guidance=2", "rounds=3"))
+    with pytest.raises(ConfigError, match="guidance"):
+        dataclasses.replace(STUDY, redrawn=(Redrawn("guided", ("sampling.guidance=much",)),))
     with pytest.raises(ConfigError, match=r"seeds \[0\] are also tuned on"):
         dataclasses.replace(STUDY, seeds=(0, 1))
 
@@ -195,6 +209,24 @@ def test_adapting_changes_the_method_inside_its_wrappers(tiny_run):
         changed.method.method.adapt == how
         and changed.method.method.training == tiny_run.recipe.method.method.method.training
     )
+
+
+def test_what_is_drawn_otherwise_learns_the_same(tiny_run, tmp_path):
+    study = dataclasses.replace(
+        STUDY,
+        rivals=(Rival("spire", "quickstart", (0.1,)),),
+        redrawn=(Redrawn("guided", ("sampling.guidance=9",)),),
+        num_final=32,
+        num_references=32,
+    )
+    folder = tmp_path / "runs" / "spire-1"
+    folder.parent.mkdir()
+    folder.symlink_to(tiny_run.folder.resolve())
+    cell = {"stage": "final", "rival": "spire", "seed": 1, "images": 4, "rate": 0.1, "steps": 3}
+    plain, guided = (
+        study.measure({**cell, "rival": name}, 0, tmp_path)["clients"]["c4"] for name in ("spire", "guided")
+    )
+    assert plain["loss"] == guided["loss"] and plain["kid"] != guided["kid"]
 
 
 @pytest.fixture(scope="module")

@@ -38,13 +38,28 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Redrawn:
+    """The first rival's clients, at its chosen settings, drawn otherwise: `changes` are overrides of "sampling"."""
+
+    name: str
+    changes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.changes or not all(change.startswith("sampling.") for change in self.changes):
+            raise ConfigError(
+                f"changes of {self.name!r} are {list(self.changes)}, expected at least one, all of 'sampling.'; what "
+                "trains otherwise is a rival of its own"
+            )
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """Which rivals, seeds, numbers of images of each new client (0: all that it has) and numbers of steps.
 
     On `tuned_on`, the settings are chosen that are used on `seeds`. `changes` are overrides, "key=value", of every
     rival's recipe. `num_drawn` images are drawn per client in the grid, `num_final` at the chosen settings, where they
-    meet at least `num_references` real images of the client's mix of classes. `ours` are the rivals that all others
-    are compared with: the first, when left out.
+    meet at least `num_references` real images of the client's mix of classes. All others are compared with the first
+    of `rivals`, and with each of `redrawn`.
     """
 
     rivals: tuple[Rival, ...]
@@ -57,11 +72,11 @@ class Adaptation:
     num_drawn: int = 64
     num_final: int = 500
     num_references: int = 90
-    ours: tuple[str, ...] = ()
+    redrawn: tuple[Redrawn, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [rival.name for rival in self.rivals]
-        if len(set(names)) != len(names) or not all((names, self.tuned_on, self.seeds, self.images, self.steps)):
+        names = [*(rival.name for rival in self.rivals), *(other.name for other in self.redrawn)]
+        if len(set(names)) != len(names) or not all((self.rivals, self.tuned_on, self.seeds, self.images, self.steps)):
             raise ConfigError("rivals need names of their own, and there must be tuned_on, seeds, images and steps")
         if both := set(self.tuned_on) & set(self.seeds):
             raise ConfigError(
@@ -72,10 +87,10 @@ class Adaptation:
                 f"steps are {list(self.steps)}, images {list(self.images)} and num_references {self.num_references}, "
                 "expected at least 1, 0 and 8"
             )
-        if unknown := sorted(set(self.ours) - set(names)):
-            raise ConfigError(f"ours are {', '.join(unknown)}, who are none of the rivals, {', '.join(names)}")
         for rival in self.rivals:
-            load_recipe(rival.recipe, [*self.changes, *rival.changes])
+            load_recipe(rival.recipe, self._changes(rival))
+        for other in self.redrawn:
+            load_recipe(self.rivals[0].recipe, self._changes(self.rivals[0], other))
 
     def cells(self, found: Sequence[Row]) -> Sequence[Cell]:
         cells: list[dict[str, Any]] = []
@@ -104,6 +119,8 @@ class Adaptation:
                 rate, steps = self.chosen(found, rival.name, images)
                 own = {"stage": "final", "rival": rival.name, "seed": seed, "images": images}
                 cells.append({**own, "rate": rate, "steps": steps})
+                if rival is self.rivals[0]:
+                    cells += [{**cells[-1], "rival": other.name} for other in self.redrawn]
         return cells
 
     def chosen(self, found: Sequence[Row], rival: str, images: int) -> tuple[float, int]:
@@ -123,12 +140,13 @@ class Adaptation:
         return min(sorted(losses), key=lambda setting: fmean(losses[setting]))
 
     def measure(self, cell: Cell, seed: int, folder: Path) -> Mapping[str, Any]:
-        rival = next(rival for rival in self.rivals if rival.name == cell["rival"])
+        other = next((one for one in self.redrawn if one.name == cell["rival"]), None)
+        rival = self.rivals[0] if other else next(one for one in self.rivals if one.name == cell["rival"])
         own = folder / "runs" / f"{rival.name}-{cell['seed']}"
         if cell["stage"] == "train":
             return self._trained(rival, int(cell["seed"]), seed, own)
         final = cell["stage"] == "final"
-        bench = open_bench(own)
+        bench = open_bench(own, load_recipe(rival.recipe, self._changes(rival, other)).sampling)
         how = Training(int(cell["steps"]), float(cell["rate"]), self.batch_size, decay="cosine")
         drawn, references = (self.num_final, self.num_references) if final else (self.num_drawn, 0)
         people, diverged = {}, []
@@ -142,10 +160,13 @@ class Adaptation:
         return {"clients": people, "diverged": diverged, "population_before": bench.population_before}
 
     def answer(self, found: Sequence[Row]) -> Answer:
-        return adaptation_answer(found, names := [rival.name for rival in self.rivals], self.ours or names[:1])
+        return adaptation_answer(found, [one.name for one in self.rivals], [one.name for one in self.redrawn])
+
+    def _changes(self, rival: Rival, other: Redrawn | None = None) -> list[str]:
+        return [*self.changes, *rival.changes, *(other.changes if other else ())]
 
     def _trained(self, rival: Rival, number: int, seed: int, folder: Path) -> Mapping[str, Any]:
-        summary = trained(folder, rival.recipe, [*self.changes, *rival.changes], seed + number).summary
+        summary = trained(folder, rival.recipe, self._changes(rival), seed + number).summary
         told = {
             "role": "role",
             "loss": "heldout_loss",

@@ -33,15 +33,17 @@ People = Mapping[tuple[int, str], Mapping[str, Any]]
 """Figures by seed and client."""
 
 
-def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]) -> Answer:
-    """`ours` are those of `rivals` that all others, and the first of ours, are subtracted from."""
+def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], redrawn: Sequence[str] = ()) -> Answer:
+    """Every rival is subtracted from the first, and every rival from each of `redrawn`, who are in the last stage
+    alone."""
+    everybody, ours = [rivals[0], *redrawn, *rivals[1:]], [rivals[0], *redrawn]
     trained, grid, final = (where(found, stage=stage) for stage in ("train", "adapt", "final"))
     images = sorted({row["images"] for row in grid}, key=lambda n: n or math.inf)
     findings: list[str] = []
     tables = [_trained_table(trained, rivals)] if trained else []
-    before = _of_training_clients(trained, rivals, ours)
+    before = _of_training_clients(trained, rivals)
     if before:
-        tables.append(_trained_differences(before))
+        tables.append(_trained_differences(rivals[0], before))
     charts = []
     if grid:
         tables.append(_spread_table(grid, rivals, images))
@@ -51,8 +53,8 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], ours: Sequenc
         findings = [_best_so_far(grid, rivals, count) for count in images]
     numbers: dict[str, Any] = {}
     if final:
-        tables = [_final_table(final, grid, rivals, images), *tables]
-        differences = _differences(final, rivals, ours, images)
+        tables = [_final_table(final, grid, everybody, images), *tables]
+        differences = _differences(final, everybody, ours, images)
         if differences:
             tables.insert(1, _paired_table(differences))
             charts[:0] = [
@@ -63,10 +65,10 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], ours: Sequenc
             ]
         findings = [_sentence(at, found) for at, found in differences.items() if at[3] == EVERYONE]
         findings += [*_by_kind(differences), *_lost(final)]
-        findings += [f"Training clients: {_verdicts(*at, found)}." for at, found in before.items()]
+        findings += [f"Training clients: {_verdicts(rivals[0], rival, found)}." for rival, found in before.items()]
         numbers["trained"] = [
-            {"ours": our, "rival": rival, "figure": name, **found.numbers}
-            for (our, rival), by_figure in before.items()
+            {"ours": rivals[0], "rival": rival, "figure": name, **found.numbers}
+            for rival, by_figure in before.items()
             for name, found in by_figure.items()
         ]
         numbers["diverged"] = sum(len(row.get("diverged", ())) for row in final)
@@ -252,27 +254,25 @@ def _differences(rows: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]
     return found
 
 
-def _of_training_clients(
-    rows: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]
-) -> Mapping[tuple[str, str], Mapping[str, Difference]]:
-    """Ours minus each rival, by figure, with the personal models of those who trained."""
+def _of_training_clients(rows: Sequence[Row], rivals: Sequence[str]) -> Mapping[str, Mapping[str, Difference]]:
+    """The first minus each other, by rival and figure, with the personal models of those who trained."""
     clients = {rival: people(where(rows, rival=rival)) for rival in rivals}
     own = {name: {at: c for at, c in found.items() if c["role"] == "train"} for name, found in clients.items()}
     found = {
-        (our, rival): {name: by_seeds(_each(own[our], name), _each(own[rival], name)) for name in FIGURES}
-        for our, rival in _matches(rivals, ours)
+        rival: {name: by_seeds(_each(own[rivals[0]], name), _each(own[rival], name)) for name in FIGURES}
+        for rival in rivals[1:]
     }
-    return {at: told for at, by in found.items() if (told := {k: v for k, v in by.items() if v is not None})}
+    return {rival: told for rival, by in found.items() if (told := {k: v for k, v in by.items() if v is not None})}
 
 
 def _each(clients: People, figure: str) -> dict[tuple[int, str], float]:
     return {at: client[figure] for at, client in clients.items() if client.get(figure) is not None}
 
 
-def _trained_differences(differences: Mapping[tuple[str, str], Mapping[str, Difference]]) -> Table:
+def _trained_differences(ours: str, differences: Mapping[str, Mapping[str, Difference]]) -> Table:
     titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
     entries: list[list[Entry]] = [
-        [our, rival, found["loss"].pooled.num, *_texts(found)] for (our, rival), found in differences.items()
+        [ours, rival, found["loss"].pooled.num, *_texts(found)] for rival, found in differences.items()
     ]
     note = (
         f"{BELOW} Personal models of those who trained, at each recipe's own settings, all seeds; central training has "

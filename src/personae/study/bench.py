@@ -27,7 +27,7 @@ from personae.recipe.build import Clients, build_clients, build_job
 from personae.recipe.config import load_recipe
 from personae.recipe.models import Model, build_denoiser
 from personae.recipe.saved import SavedRun
-from personae.recipe.schema import Recipe
+from personae.recipe.schema import Recipe, Sampling
 from personae.recipe.workflow import open_run, resume, run
 
 POPULATION_IMAGES = 32
@@ -47,9 +47,13 @@ def trained(
 
 
 @lru_cache(maxsize=1)
-def open_bench(folder: Path) -> Bench:
-    """A finished run. Raises: ArtefactError; ConfigError, when its data set has no classifier."""
+def open_bench(folder: Path, sampling: Sampling | None = None) -> Bench:
+    """A finished run, whose clients are drawn as `sampling` says; None: as its recipe does.
+
+    Raises: ArtefactError; ConfigError, when its data set has no classifier.
+    """
     recipe = open_run(folder).recipe
+    recipe = dataclasses.replace(recipe, sampling=sampling or recipe.sampling)
     clients = build_clients(recipe)
     model = build_denoiser(recipe, clients.sample_shape)
     features = features_by_name(recipe.evaluation.features or recipe.data.source)
