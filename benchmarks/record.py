@@ -53,7 +53,8 @@ def record(folder: Path, recipe: str) -> None:
     saved.report()
     answer = saved.answer
     name = recipe.replace("/", "-")
-    write_json(papers.result_path(recipe), saved.summary)
+    own = {"title": plan.title or name, "settings": papers.settings_digest(recipe)}
+    write_json(papers.result_path(recipe), {**saved.summary, **own})
     shutil.rmtree(PAGES / name, ignore_errors=True)  # of a former recording, other charts may have been there
     (PAGES / name).mkdir(parents=True)
     for chart in answer.charts:

@@ -144,10 +144,10 @@ def test_those_drawn_otherwise_are_compared_with_the_others_and_with_the_first()
     mean = {(p["ours"], p["rival"]): p["mean"] for p in answer.numbers["paired"] if p["figure"] == "kid"}
     kid = where(rows, stage="final", rival="spire")[0]["clients"]["c1"]["kid"]
     assert mean["guided", "spire"] == pytest.approx(0.25 - kid)
-    told = "With 8 images, guided against spire: held-out loss no difference that can be told"
+    told = "With 8 images, guided against spire: histogram distance no difference that can be told"
     assert any(finding.startswith(told) for finding in answer.findings)
-    names = [f"paired-{ours}-{figure}" for ours in ("spire", "guided") for figure in ("loss", "kid")]
-    assert [chart.name for chart in answer.charts][:4] == names
+    names = ["paired-spire-loss", "paired-spire-kid", "paired-guided-kid", "rates", "steps"]
+    assert [chart.name for chart in answer.charts] == names  # drawn otherwise, the loss is what it was
     (trained,) = [table for table in answer.tables if table.title.startswith("Training clients, and new")]
     assert [row[0] for row in trained.rows] == ["spire", "fedavg_ft"]
 

@@ -32,6 +32,17 @@ def test_every_study_has_a_line_of_the_index():
     assert links and all((DOCS / "studies" / link).is_file() for link in links)
 
 
+def test_a_result_of_former_settings_says_so(tmp_path):
+    recipe = "theory/two_components"
+    summary = json.loads(papers.result_path(recipe).read_text("utf-8"))
+    own = papers.result_path(recipe, tmp_path)
+    for settings, told in ((papers.settings_digest(recipe), ""), ("0" * 16, ", with former settings")):
+        own.write_text(json.dumps({**summary, "settings": settings}))
+        assert {line.cells for line in papers.table(tmp_path) if line.recipe == recipe} == {told}
+        assert ("with former settings" in papers.index(tmp_path)) == bool(told)
+    assert papers.settings_digest(recipe) != papers.settings_digest("theory/k_components")
+
+
 def test_the_mixture_federation_was_reproduced_within_its_limits():
     """Pre-training below 0.05 nats in every seed; new clients below half of fine-tuning wherever training converged."""
     numbers = json.loads(papers.result_path("theory/mixture_federation").read_text("utf-8"))["numbers"]

@@ -23,7 +23,10 @@ FIGURES = {
     "kid": "kernel distance",
     "copy": "copy ratio",
 }
-DRAWN = ("loss", "kid")
+OF_PICTURES = tuple(name for name in FIGURES if name != "loss")
+"""What another way to draw can change."""
+
+CHARTED = ("loss", "kid")
 """Of whose differences there is a chart."""
 
 EVERYONE = "all"
@@ -34,8 +37,8 @@ People = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], redrawn: Sequence[str] = ()) -> Answer:
-    """Every rival is subtracted from the first, and every rival from each of `redrawn`, who are in the last stage
-    alone."""
+    """Every rival is subtracted from the first, and every rival from each of `redrawn`, who are the first's clients
+    drawn otherwise: in the last stage alone, and with losses that are the first's."""
     everybody, ours = [rivals[0], *redrawn, *rivals[1:]], [rivals[0], *redrawn]
     trained, grid, final = (where(found, stage=stage) for stage in ("train", "adapt", "final"))
     images = sorted({row["images"] for row in grid}, key=lambda n: n or math.inf)
@@ -60,7 +63,7 @@ def adaptation_answer(found: Sequence[Row], rivals: Sequence[str], redrawn: Sequ
             charts[:0] = [
                 _paired_chart(differences, our, figure)
                 for our in dict.fromkeys(at[0] for at in differences)
-                for figure in DRAWN
+                for figure in CHARTED
                 if any(figure in found for at, found in differences.items() if at[0] == our)
             ]
         findings = [_sentence(at, found) for at, found in differences.items() if at[3] == EVERYONE]
@@ -248,7 +251,8 @@ def _differences(rows: Sequence[Row], rivals: Sequence[str], ours: Sequence[str]
             kinds = sorted({client["kind"] for client in clients[our].values()}, reverse=True)
             for kind in (EVERYONE, *kinds):
                 own = {at: client for at, client in clients[our].items() if kind in (EVERYONE, client["kind"])}
-                apart = {name: by_seeds(_each(own, name), _each(clients[rival], name)) for name in FIGURES}
+                figures = FIGURES if our == ours[0] else OF_PICTURES
+                apart = {name: by_seeds(_each(own, name), _each(clients[rival], name)) for name in figures}
                 if told := {name: one for name, one in apart.items() if one is not None}:
                     found[(our, rival, count, kind)] = told
     return found
@@ -285,7 +289,7 @@ def _paired_table(differences: Differences) -> Table:
     titles = [title for figure in FIGURES.values() for title in (figure, "over seeds")]
     columns = ("images", "new clients' classes", "ours", "minus", "pairs", *titles)
     entries: list[list[Entry]] = [
-        [_count(count), kind, our, rival, found["loss"].pooled.num, *_texts(found)]
+        [_count(count), kind, our, rival, next(iter(found.values())).pooled.num, *_texts(found)]
         for (our, rival, count, kind), found in differences.items()
     ]
     note = (
@@ -327,8 +331,10 @@ def _verdicts(ours: str, rival: str, found: Mapping[str, Difference]) -> str:
 def _by_kind(differences: Differences) -> list[str]:
     """Where it wins and where it loses: one sentence for each number of images and kind of new clients."""
     told = []
-    for our, count, kind in dict.fromkeys((at[0], *at[2:]) for at in differences if at[3] != EVERYONE):
-        losses = {at[1]: found["loss"] for at, found in differences.items() if (at[0], *at[2:]) == (our, count, kind)}
+    known = [at for at, found in differences.items() if at[3] != EVERYONE and "loss" in found]
+    for our, count, kind in dict.fromkeys((at[0], *at[2:]) for at in known):
+        own = {at[1]: found for at, found in differences.items() if (at[0], *at[2:]) == (our, count, kind)}
+        losses = {rival: found["loss"] for rival, found in own.items()}
         sides = {
             "below": {rival: loss for rival, loss in losses.items() if loss.pooled.high < 0},
             "above": {rival: loss for rival, loss in losses.items() if loss.pooled.low > 0},

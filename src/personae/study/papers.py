@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table. `cells` says how much of the study was measured when its numbers were taken."""
+    """One row of the table. `cells` says how much of the study was measured when its numbers were taken, and whether
+    its recipe's settings have changed since."""
 
     paper: str
     claim: str
@@ -87,12 +89,22 @@ def index(results: Path = RESULTS) -> str:
     rows = []
     for path in sorted(results.glob("*.json")):
         summary, (room, _, name) = json.loads(path.read_text("utf-8")), path.stem.partition("-")
-        title, minutes = read_table(f"{room}/{name}")[0].get("title", name), summary["cpu_seconds"] / 60
-        measured = f"{summary['measured']} of {summary['cells']}"
-        first = next(iter(summary["findings"]), "")
-        rows.append((f"[{room}/{name}]({path.stem}.md)", title, measured, f"{minutes:.0f}", first))
+        measured = f"{summary['measured']} of {summary['cells']}{_since(summary, f'{room}/{name}')}"
+        first, minutes = next(iter(summary["findings"]), ""), summary["cpu_seconds"] / 60
+        rows.append((f"[{room}/{name}]({path.stem}.md)", summary["title"], measured, f"{minutes:.0f}", first))
     heads = ("recipe", "question", "cells", "CPU-minutes", "the first of its findings")
     return "\n".join(["# All studies", "", *markdown_rows(heads, rows), ""])
+
+
+def settings_digest(recipe: str) -> str:
+    """16 hex digits that change with any of the settings, or the seed, that a shipped recipe of a study gives."""
+    table, _ = read_table(recipe)
+    text = json.dumps([table["settings"], table.get("seed", 0)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _since(summary: Numbers, recipe: str) -> str:
+    return "" if summary["settings"] == settings_digest(recipe) else ", with former settings"
 
 
 def result_path(recipe: str, results: Path = RESULTS) -> Path:
@@ -109,6 +121,7 @@ def _line(claim: Claim, results: Path) -> Line:
     cells = "" if done == all_ else f" ({done} of {all_} cells)"
     judged = claim.judge(summary["numbers"])
     verdict: Verdict = "partly" if cells and judged.verdict == "agrees" else judged.verdict
+    cells += _since(summary, claim.recipe)
     return Line(claim.paper, claim.claim, claim.recipe, judged.measured, verdict, judged.why, cells)
 
 
