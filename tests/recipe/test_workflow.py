@@ -24,6 +24,7 @@ from personae.errors import ArtefactError, ConfigError, DataError
 from personae.methods import FedAvgFT
 from personae.recipe import measuring, saved, workflow
 from personae.recipe.config import load_recipe, parse
+from personae.testing.contract import differing_states
 
 
 def contents(folder):
@@ -143,6 +144,71 @@ def test_resuming_a_complete_run_changes_no_bit(tiny_run, copy_of):
     before = contents(folder)
     workflow.resume(folder)
     assert contents(folder) == before
+
+
+# --- beginning with what an earlier run's clients kept -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_run):
+    """What every training client kept, each with another embedding than it would begin with."""
+    folder = RunFolder(tiny_run.folder)
+    found = {name: folder.last_kept(name) for name in ("c0", "c1", "c2", "c3")}
+    return {name: replace(state, params={k: v + 1 for k, v in state.params.items()}) for name, state in found.items()}
+
+
+def trained_files(folder):
+    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="module")
+def gone_on(kept, tiny, tmp_path_factory):
+    return personae.run("quickstart", tmp_path_factory.mktemp("kept") / "run", overrides=tiny, kept=kept)
+
+
+def test_clients_begin_with_what_they_kept(gone_on, tiny_run, kept, tiny):
+    without = trained_files(tiny_run.folder)
+    assert trained_files(gone_on.folder)["server.safetensors"] != without["server.safetensors"]
+    asked = {name for line in RunFolder(gone_on.folder).rounds(2) for name in line["clients"]}
+    idle = kept.keys() - asked
+    assert idle
+    for name in idle:
+        assert not differing_states(RunFolder(gone_on.folder).last_kept(name), kept[name])
+
+
+@pytest.mark.parametrize("stopped_at", ["_finish", "write_bytes"])
+def test_a_run_that_begins_with_something_is_stopped_and_goes_on_with_the_same_bits(
+    stopped_at, gone_on, kept, tiny, tmp_path, monkeypatch
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(workflow, stopped_at, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            personae.run("quickstart", tmp_path / "run", overrides=tiny, kept=kept)
+    if stopped_at == "_finish":
+        done = workflow.resume(tmp_path / "run")
+    else:  # before its recipe was written nothing can be resumed, and nothing is in the way
+        with pytest.raises(ArtefactError, match="is not a run"):
+            workflow.resume(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        done = personae.run("quickstart", tmp_path / "run", overrides=tiny, kept=kept)
+    assert trained_files(done.folder) == trained_files(gone_on.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "told"),
+    [
+        ((), ("c0", "zoe"), "something was kept for zoe, and no client is called so here"),
+        (("engine=flower",), ("c0",), "whose clients keep what is theirs where they are"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused_before_there_is_a_folder(changes, names, told, kept, tiny, tmp_path):
+    given = dict.fromkeys(names, kept["c0"])
+    with pytest.raises(ConfigError, match=told):
+        personae.run("quickstart", tmp_path / "run", overrides=(*tiny, *changes), kept=given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_makes_what_is_missing_of_a_complete_run(tiny_run, copy_of):
