@@ -235,7 +235,8 @@ def _costs(rows: Mapping[str, Sequence[Row]]) -> Table:
     )
     note = (
         "Each at the rate with the lowest held-out loss of personal models with the first seed, whose own losses are a "
-        "little low by that. Bytes of all clients together."
+        "little low by that. Bytes of all clients together. All begin with words and descriptions that the last line's "
+        "run learned; its bytes and seconds are to be added to theirs."
     )
     return Table("Runs", columns, entries, note)
 
